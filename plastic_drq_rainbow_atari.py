@@ -1,0 +1,987 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "envpool==1.2.5",
+#     "gymnasium==1.4.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "pillow==13.0.0",
+# ]
+# ///
+"""PLASTIC on DrQ-Rainbow for Atari-100k, in one file.
+
+Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning" (NeurIPS 2023),
+sections 4.2 and 4.3, appendices A.3 and B.2 (Algorithm 1, Table 5).
+
+    python plastic_drq_rainbow_atari.py --env-id Alien                                           # PLASTIC, replay ratio 2
+    python plastic_drq_rainbow_atari.py --env-id Alien --no-crelu --sam-rho 0                    # PLASTIC† (LN + Reset)
+    python plastic_drq_rainbow_atari.py --env-id Alien --no-crelu --sam-rho 0 --no-layer-norm --reset-interval 0  # base
+
+Where this file departs from the paper's text (README.md compares paper, release and this file):
+- Adam's epsilon is 1.5e-4; the paper's 0.000015 is a digit slip (its lineage has 1.5e-4).   --adam-eps
+- LayerNorm in the backbone only, as in the main text; appendix A.3 has the FC layers too.    --layer-norm-scope
+- CReLU in the head only: the one reading that gives the paper's 7.2M parameters.             --crelu-scope
+- Algorithm 1 shows epsilon-greedy DQN for brevity; acting is by noisy target network (Table 5).
+"""
+
+import copy
+import difflib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, NoReturn
+
+import envpool
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from envpool.atari.registration import atari_game_list
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+GAMES = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
+FRAME_STACK = 4
+MAX_SKIPPED_IN_A_ROW = 100
+
+
+@dataclass
+class Args:
+    """PLASTIC on DrQ-Rainbow for Atari-100k. The defaults are PLASTIC at replay ratio 2."""
+
+    # fmt: off
+    # Run
+    env_id: str = "Alien"  # Atari game, by EnvPool's name without the version
+    seed: int = 1  # seed of the networks, the exploration, the sampling and the environment
+    exp_name: str = "plastic_drq_rainbow_atari"  # name of this setting, part of the run's directory
+    run_dir: Path = Path("runs")  # where run directories are made: <run-dir>/<env-id>__<exp-name>__<seed>
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = CUDA where there is one
+    overwrite: bool = False  # replace a finished run of the same name
+
+    # Training (Table 5)
+    total_timesteps: int = 100_000  # interactions; one is 4 frames
+    replay_ratio: int = 2  # gradient updates per interaction
+    batch_size: int = 32  # transitions per update
+    learning_starts: int = 2_000  # interactions with random actions, before the first update
+    learning_rate: float = 1e-4  # of Adam (released: 1.414e-4)
+    adam_eps: float = 1.5e-4  # epsilon of Adam
+    max_grad_norm: float = 10.0  # global norm at which the applied gradient is clipped
+    gamma: float = 0.99  # discount factor
+    n_step: int = 10  # length of the multi-step return
+    n_atoms: int = 51  # atoms of the return distribution (C51)
+    v_min: float = -10.0  # lowest atom
+    v_max: float = 10.0  # highest atom
+    hidden_dim: int = 512  # width of each stream's hidden layer
+    noisy_std: float = 0.5  # initial scale sigma_0 of the noisy layers
+    buffer_size: int = 100_000  # transitions in the replay buffer
+    per_alpha: float = 0.5  # priority = cross-entropy ** alpha (0 = all alike)
+    per_beta: float = 0.4  # first exponent of the importance weights; it ends at 1
+    target_ema: float = 0.99  # weight of the old target network in its moving average
+    aug_shift: int = 4  # largest random shift in pixels (0 = off)
+    aug_intensity: float = 0.05  # scale of the intensity jitter (0 = off)
+
+    # Plasticity interventions
+    layer_norm: bool = True  # LayerNorm over channels at each pixel
+    layer_norm_scope: Literal["backbone", "all"] = "backbone"  # all = the head's hidden layers too
+    crelu: bool = True  # concatenated ReLU
+    crelu_scope: Literal["head", "all"] = "head"  # all = the backbone's layers too
+    sam_rho: float = 0.1  # radius of the SAM perturbation (0 = off)
+    sam_scope: Literal["all", "backbone", "head"] = "all"  # parameters that SAM perturbs
+    sam_noise: Literal["independent", "reused", "none"] = "independent"  # noise of SAM's second pass; none = first pass without
+    reset_interval: int = 40_000  # gradient updates between resets of the head (0 = off)
+    shrink_perturb_alpha: Literal["auto"] | float = "auto"  # share of the backbone kept at a reset (1 = all; auto = 1 below replay ratio 4, else 0.6)
+
+    # Evaluation, metrics, logging
+    eval_episodes: int = 100  # full games of an evaluation
+    eval_epsilon: float = 0.001  # share of random actions in an evaluation
+    eval_interval: int = 0  # interactions between evaluations (0 = only at the end)
+    metrics_interval: int = 0  # interactions between plasticity metrics (0 = off)
+    log_interval: int = 500  # interactions between logged losses
+    capture_video: bool = False  # save the first game of the last evaluation as a GIF
+    save_model: bool = False  # save the target network at the end
+    evaluate: Path | None = None  # a saved model: evaluate it, train nothing, write no result
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "plastic"  # project at Weights & Biases
+    wandb_entity: str | None = None  # team at Weights & Biases
+    # fmt: on
+
+
+# --- Environment ------------------------------------------------------------------------------------------------------
+
+
+def make_envs(env_id: str, num_envs: int, seed: int):
+    """Atari games as the paper plays them: 84x84 gray, frame skip 4, no sticky actions, at most 108,000 frames.
+
+    Args:
+        env_id: game, for example "Alien".
+        num_envs: games side by side; env i is seeded with seed + i.
+        seed: of env 0; EnvPool takes it here and ignores it in reset().
+
+    Returns:
+        An EnvPool with Gymnasium's API; observations are uint8 [num_envs, 1, 84, 84], the newest frame alone.
+        Lives and frame stacks are the caller's: EnvPool's episodic_life would play no-ops after every lost life.
+    """
+    return envpool.make_gymnasium(
+        f"{env_id}-v5",
+        num_envs=num_envs,
+        seed=seed,
+        stack_num=1,
+        frame_skip=4,
+        noop_max=30,
+        max_episode_steps=27_000,
+        repeat_action_probability=0.0,
+        full_action_space=False,
+        use_inter_area_resize=False,
+        use_fire_reset=False,
+        episodic_life=False,
+        reward_clip=False,
+    )
+
+
+# --- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class PixelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1, as released)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class CReLU(nn.Module):
+    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...], so that no input loses its gradient (section 2.2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.relu(x), F.relu(-x)], dim=1)
+
+
+class NoisyLinear(nn.Module):
+    """Linear layer with factorised Gaussian noise on its weights (Eq. 2; Fortunato et al., 2018).
+
+    The noise is one draw for the whole batch and stays until sample_noise(). The noisy weight
+    mu + sigma * outer(noise_out, noise_in) is never formed: its noisy part is (sigma (x * noise_in)) * noise_out.
+    """
+
+    def __init__(self, in_features: int, out_features: int, noisy_std: float) -> None:
+        super().__init__()
+        self.noisy_std = noisy_std
+        self.weight_mu = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight_sigma = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias_mu = nn.Parameter(torch.empty(out_features))
+        self.bias_sigma = nn.Parameter(torch.empty(out_features))
+        self.register_buffer("noise_in", torch.zeros(in_features))
+        self.register_buffer("noise_out", torch.zeros(out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh parameters, in place."""
+        out_features, in_features = self.weight_mu.shape
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.weight_mu, -bound, bound)
+        nn.init.uniform_(self.bias_mu, -bound, bound)
+        nn.init.constant_(self.weight_sigma, self.noisy_std / math.sqrt(in_features))
+        nn.init.constant_(self.bias_sigma, self.noisy_std / math.sqrt(out_features))
+
+    def sample_noise(self, generator: torch.Generator) -> None:
+        """Draw new noise, in place: sign(e) * sqrt(|e|) with e ~ N(0, 1)."""
+        for noise in (self.noise_in, self.noise_out):
+            noise.normal_(generator=generator)
+            noise.copy_(noise.sign() * noise.abs().sqrt())
+
+    def forward(self, x: Tensor, noisy: bool = True) -> Tensor:
+        """[B, in_features] -> [B, out_features]; without noise, the layer of the mean weights."""
+        mean = F.linear(x, self.weight_mu, self.bias_mu)
+        if not noisy:
+            return mean
+        return torch.addcmul(mean, F.linear(x * self.noise_in, self.weight_sigma, self.bias_sigma), self.noise_out)
+
+
+class NoisyStream(nn.Module):
+    """One stream of the dueling head: noisy hidden layer, activation, noisy output."""
+
+    def __init__(self, in_features: int, out_features: int, args: Args) -> None:
+        super().__init__()
+        self.hidden = NoisyLinear(in_features, args.hidden_dim, args.noisy_std)
+        norm = args.layer_norm and args.layer_norm_scope == "all"
+        self.norm = nn.LayerNorm(args.hidden_dim, eps=1e-6) if norm else nn.Identity()
+        self.activation = CReLU() if args.crelu else nn.ReLU()
+        # CReLU doubles what the layer gives out, so the next layer's fan-in doubles; the width stays.
+        self.output = NoisyLinear(args.hidden_dim * (2 if args.crelu else 1), out_features, args.noisy_std)
+
+    def forward(self, x: Tensor, noisy: bool = True) -> Tensor:
+        return self.output(self.activation(self.norm(self.hidden(x, noisy))), noisy)
+
+
+class DuelingHead(nn.Module):
+    """Dueling distributional head: q = v + a - mean(a), atom by atom (Wang et al., 2016; Bellemare et al., 2017)."""
+
+    def __init__(self, in_features: int, num_actions: int, args: Args) -> None:
+        super().__init__()
+        self.n_atoms = args.n_atoms
+        self.value = NoisyStream(in_features, args.n_atoms, args)
+        self.advantage = NoisyStream(in_features, num_actions * args.n_atoms, args)
+
+    def forward(self, features: Tensor, noisy: bool = True) -> Tensor:
+        """[B, in_features] -> log-probabilities of the returns, [B, num_actions, n_atoms]."""
+        value = self.value(features, noisy).unflatten(1, (1, self.n_atoms))
+        advantage = self.advantage(features, noisy).unflatten(1, (-1, self.n_atoms))
+        return (value + advantage - advantage.mean(1, keepdim=True)).log_softmax(-1)
+
+
+def make_backbone(args: Args) -> nn.Sequential:
+    """Three convolutions, uint8-range images in [0, 1] [B, 4, 84, 84] -> features [B, 3136] (6272 with CReLU in it)."""
+    crelu = args.crelu and args.crelu_scope == "all"
+    layers: list[nn.Module] = []
+    in_channels = FRAME_STACK
+    for channels, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+        layers.append(nn.Conv2d(in_channels, channels, kernel, stride))
+        if args.layer_norm:
+            layers.append(PixelLayerNorm(channels))
+        layers.append(CReLU() if crelu else nn.ReLU())
+        in_channels = channels * (2 if crelu else 1)
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+class QNetwork(nn.Module):
+    """Rainbow's network (appendix A.3): 6.87M parameters at 6 actions, 7.23M with CReLU in the head."""
+
+    def __init__(self, num_actions: int, args: Args) -> None:
+        super().__init__()
+        self.backbone = make_backbone(args)
+        features = 3136 * (2 if args.crelu and args.crelu_scope == "all" else 1)
+        self.head = DuelingHead(features, num_actions, args)
+        self.register_buffer("support", torch.linspace(args.v_min, args.v_max, args.n_atoms))
+
+    def q_values(self, log_probs: Tensor) -> Tensor:
+        """Means of the return distributions: [..., n_atoms] -> [...]."""
+        return log_probs.exp() @ self.support
+
+    def sample_noise(self, generator: torch.Generator) -> None:
+        """Draw new noise in every noisy layer."""
+        for module in self.modules():
+            if isinstance(module, NoisyLinear):
+                module.sample_noise(generator)
+
+    def forward(self, obs: Tensor, noisy: bool = True) -> Tensor:
+        """Images in [0, 1] [B, 4, 84, 84] -> log-probabilities of the returns, [B, num_actions, n_atoms]."""
+        features = self.backbone(obs)
+        # Two streams feed the backbone: its gradient is scaled by 1/sqrt(2) (Wang et al., 2016). The value is unchanged.
+        return self.head(torch.lerp(features.detach(), features, 2**-0.5), noisy)
+
+
+# --- Replay -----------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B transitions: n-step returns, and what is left of gamma ** n (0 where a life or episode ended before)."""
+
+    index: Tensor  # int64 [B], slots in the buffer
+    obs: Tensor  # uint8 [B, 4, 84, 84]
+    action: Tensor  # int64 [B]
+    n_step_return: Tensor  # float32 [B]
+    discount: Tensor  # float32 [B]
+    next_obs: Tensor  # uint8 [B, 4, 84, 84]
+
+
+class ReplayBuffer:
+    """Prioritised replay of single frames; stacks and n-step returns are built when sampled.
+
+    A slot holds a frame, the action taken on it, the clipped reward, and whether the return ends there (a lost life,
+    game over, time limit). The slot at `cursor` holds the newest frame, not acted on yet. Priority 0 marks what cannot
+    be sampled: slots not written, overwritten, or whose n-step window is not complete.
+    """
+
+    def __init__(self, capacity: int, n_step: int, gamma: float, device: torch.device) -> None:
+        # Beyond `capacity` transitions: the newest frame, and three older ones for the oldest transition's stack.
+        self.capacity, self.slots, self.n_step = capacity, capacity + FRAME_STACK, n_step
+        self.frames = torch.zeros((self.slots, 84, 84), dtype=torch.uint8, device=device)
+        self.actions = torch.zeros(self.slots, dtype=torch.int64, device=device)
+        self.rewards = torch.zeros(self.slots, device=device)
+        self.ends = torch.ones(self.slots, dtype=torch.bool, device=device)  # nothing comes before the first frame
+        self.priorities = torch.zeros(self.slots, device=device)
+        self.max_priority = torch.ones((), device=device)
+        self.gammas = gamma ** torch.arange(n_step + 1, device=device)
+        self.window = torch.arange(n_step, device=device)
+        self.history = torch.arange(1 - FRAME_STACK, 1, device=device)
+        self.cursor = 0
+        self.pending = 0  # newest transitions of this life whose n-step window is not complete
+
+    def start(self, frame: np.ndarray) -> None:
+        """Put the very first frame, uint8 [84, 84]."""
+        self.frames[self.cursor].copy_(torch.from_numpy(frame))
+
+    def add(self, action: int, reward: float, end: bool, next_frame: np.ndarray) -> None:
+        """Store what the newest frame led to. After an episode's end, next_frame is the next episode's first."""
+        slot, self.cursor = self.cursor, (self.cursor + 1) % self.slots
+        self.actions[slot] = action
+        self.rewards[slot] = reward
+        self.ends[slot] = end
+        self.frames[self.cursor].copy_(torch.from_numpy(next_frame))
+        # An end completes the windows of all transitions before it; else the one n steps back now has its next_obs.
+        self.pending += 1
+        complete = self.pending if end else max(self.pending - self.n_step + 1, 0)
+        first = slot - self.pending + 1
+        slots = torch.arange(first, first + complete, device=self.priorities.device) % self.slots
+        self.priorities[slots] = self.max_priority
+        self.pending -= complete
+        self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0  # its stack is being overwritten
+
+    def stack(self, index: Tensor) -> Tensor:
+        """The last 4 frames up to slots `index` [B], oldest first, zeros before the current life: uint8 [B, 4, 84, 84]."""
+        slots = (index[:, None] + self.history) % self.slots
+        alive = (~self.ends[slots[:, :-1]]).to(torch.uint8).flip(1).cumprod(1, dtype=torch.uint8).flip(1)
+        frames = self.frames[slots]
+        frames[:, :-1] *= alive[:, :, None, None]
+        return frames
+
+    def newest(self) -> Tensor:
+        """The observation to act on: uint8 [1, 4, 84, 84]."""
+        return self.stack(torch.tensor([self.cursor], device=self.frames.device))
+
+    def gather(self, index: Tensor) -> Batch:
+        """The transitions that begin at slots `index` [B]."""
+        window = (index[:, None] + self.window) % self.slots
+        alive = (~self.ends[window]).float().cumprod(1)  # [B, n]: 1 while nothing has ended, this step included
+        reached = torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1)
+        n_step_return = (self.rewards[window] * reached * self.gammas[:-1]).sum(1)
+        next_obs = self.stack((index + self.n_step) % self.slots)
+        return Batch(
+            index, self.stack(index), self.actions[index], n_step_return, self.gammas[-1] * alive[:, -1], next_obs
+        )
+
+    def sample(self, batch_size: int, beta: Tensor, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """Stratified proportional sampling (Schaul et al., 2016, appendix B.2.1).
+
+        Returns:
+            batch_size transitions, and their importance weights (1 / (N p)) ** beta over the largest in the batch,
+            float32 [B]; N and the sum of priorities cancel in that quotient.
+        """
+        device = self.priorities.device
+        cumulative = self.priorities.cumsum(0, dtype=torch.float64)
+        # A float32 draw keeps the last stratum below 1 in float64: the search cannot run past the last priority.
+        uniform = torch.rand(batch_size, generator=generator, device=device).double()
+        strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
+        index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
+        priorities = self.priorities[index]
+        return self.gather(index), (priorities.min() / priorities) ** beta
+
+    def sample_uniform(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Transitions drawn uniformly, with replacement."""
+        valid = (self.priorities > 0).float()
+        return self.gather(torch.multinomial(valid, batch_size, replacement=True, generator=generator))
+
+    def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
+        """Set the priorities [B] of slots `index` [B] and the running maximum that new transitions get."""
+        self.priorities[index] = priorities
+        torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
+
+
+def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generator) -> Tensor:
+    """DrQ's augmentation: random shift with edge padding, then intensity jitter; one draw per stack (Table 5).
+
+    Args:
+        obs: uint8 [B, 4, H, W].
+        shift: largest shift in pixels, 0 = off.
+        intensity: the jitter multiplies by 1 + intensity * clip(N(0, 1), -2, 2), 0 = off.
+
+    Returns:
+        Images in [0, 1], jitter aside; float32 [B, 4, H, W], channels last in memory.
+    """
+    batch, channels, height, width = obs.shape
+    if shift > 0:
+        dy, dx = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device)
+        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)  # clamping repeats the edge
+        columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
+        pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1).expand(-1, channels, -1)
+        obs = obs.flatten(2).gather(2, pixels).view_as(obs)
+    images = to_images(obs)
+    if intensity > 0:
+        noise = torch.randn((batch, 1, 1, 1), generator=generator, device=obs.device)
+        images *= 1 + intensity * noise.clamp(-2, 2)
+    return images
+
+
+def to_images(obs: Tensor) -> Tensor:
+    """uint8 [B, 4, H, W] -> float32 in [0, 1], channels last in memory (the layout that convolutions like best)."""
+    return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+# --- Interventions ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sam_perturb(parameters: list[nn.Parameter], backup: list[Tensor], rho: float) -> None:
+    """SAM's ascent: w <- w + rho * g / ||g||, the norm over all of `parameters` (Algorithm 1, line 13; appendix B.1).
+
+    `backup`, tensors of the same shapes, keeps the unperturbed w for sam_restore. A parameter without gradient stays.
+    """
+    torch._foreach_copy_(backup, parameters)
+    perturbed = [w for w in parameters if w.grad is not None]
+    norm = nn.utils.get_total_norm([w.grad for w in perturbed])
+    scale = rho / (norm + 1e-12)
+    for w in perturbed:
+        w.addcmul_(w.grad, scale)
+
+
+@torch.no_grad()
+def sam_restore(parameters: list[nn.Parameter], backup: list[Tensor]) -> None:
+    """Undo sam_perturb, exactly."""
+    torch._foreach_copy_(parameters, backup)
+
+
+@torch.no_grad()
+def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Re-initialise the head, the same in both networks, and clear all of Adam's state; in place (section 4.1)."""
+    for module in online.head.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for w_target, w in zip(target.head.parameters(), online.head.parameters(), strict=True):
+        w_target.copy_(w)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+@torch.no_grad()
+def shrink_and_perturb(online: nn.Module, target: nn.Module, alpha: float) -> None:
+    """Backbone w <- alpha * w + (1 - alpha) * phi, phi freshly initialised, the same for both; in place (section 4.3)."""
+    fresh = copy.deepcopy(online.backbone)
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for network in (online, target):
+        for w, phi in zip(network.backbone.parameters(), fresh.parameters(), strict=True):
+            w.lerp_(phi, 1 - alpha)
+
+
+# --- Update -----------------------------------------------------------------------------------------------------------
+
+
+def project(next_probs: Tensor, n_step_return: Tensor, discount: Tensor, support: Tensor) -> Tensor:
+    """C51's projection of the distribution of R + discount * z onto the support (Bellemare et al., 2017, Eq. 7).
+
+    Each atom's mass goes to its two neighbours in proportion to their nearness: a triangle of width delta around
+    every support point, so no loop and no special case for an atom that lands on a point.
+
+    Args:
+        next_probs: [B, N]; n_step_return, discount: [B]; support: [N], equally spaced.
+
+    Returns:
+        The target distribution, [B, N].
+    """
+    delta = support[1] - support[0]
+    atoms = (n_step_return[:, None] + discount[:, None] * support).clamp(support[0], support[-1])
+    share = (1 - (atoms[:, None, :] - support[:, None]).abs() / delta).clamp(min=0)  # [B, N to, N from]
+    return (share @ next_probs[:, :, None]).squeeze(2)
+
+
+def take_action(log_probs: Tensor, action: Tensor) -> Tensor:
+    """Distributions of the given actions: [B, num_actions, N], [B] -> [B, N]."""
+    return log_probs.take_along_dim(action[:, None, None], dim=1).squeeze(1)
+
+
+def td_error(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
+    """Cross-entropy to the target distribution: [B, num_actions, N], [B], [B, N] -> [B]; the distributional Eq. 1."""
+    return -(td_target * take_action(log_probs, action)).sum(1)
+
+
+class Agent:
+    """DrQ-Rainbow with the paper's interventions: networks, optimizer, and the update that Algorithm 1 describes.
+
+    `num_updates` is the number of updates of the whole run, over which PER's beta rises to 1. No method but act()'s
+    caller moves data to the host; `counts` holds, on the device: updates, skipped updates, skipped in a row, and the
+    longest such row.
+    """
+
+    def __init__(self, num_actions: int, num_updates: int, args: Args, device: torch.device) -> None:
+        self.args, self.num_updates = args, num_updates
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.online = QNetwork(num_actions, args).to(device, memory_format=torch.channels_last)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.parameters = list(self.online.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=args.adam_eps, fused=True)
+        # Fused Adam leaves weights, moments and step alone where this is 1, and needs no host sync to know it.
+        self.optimizer.found_inf = torch.zeros((), device=device)
+        scope = self.online if args.sam_scope == "all" else getattr(self.online, args.sam_scope)
+        self.sam_parameters = list(scope.parameters())
+        self.sam_backup = [torch.empty_like(w) for w in self.sam_parameters] if args.sam_rho > 0 else []
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Greedy action of the noisy target network (Table 5, D'Oro et al., 2023): uint8 [B, 4, 84, 84] -> int64 [B]."""
+        return self.target.q_values(self.target(to_images(obs))).argmax(1)
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch, next_images: Tensor, noisy: bool = True) -> Tensor:
+        """Distribution of the n-step return, bootstrapped by double Q (Eq. 1): [B, n_atoms]."""
+        action = self.online.q_values(self.online(next_images, noisy)).argmax(1)
+        next_probs = take_action(self.target(next_images, noisy), action).exp()
+        return project(next_probs, batch.n_step_return, batch.discount, self.target.support)
+
+    def update(self, replay: ReplayBuffer) -> Tensor:
+        """One gradient update (Algorithm 1, lines 8 to 18). Returns the loss, mean Q-value and gradient norm, [3]."""
+        args, generator, online, target = self.args, self.generator, self.online, self.target
+        beta = args.per_beta + (1 - args.per_beta) * self.counts[0] / max(self.num_updates - 1, 1)
+        batch, weights = replay.sample(args.batch_size, beta, generator)
+        images = augment(batch.obs, args.aug_shift, args.aug_intensity, generator)
+        next_images = augment(batch.next_obs, args.aug_shift, args.aug_intensity, generator)
+        online.sample_noise(generator)
+        target.sample_noise(generator)
+        td_target = self.td_target(batch, next_images)
+
+        self.optimizer.zero_grad()
+        log_probs = online(images, noisy=args.sam_rho == 0 or args.sam_noise != "none")
+        cross_entropy = td_error(log_probs, batch.action, td_target)
+        loss = (weights * cross_entropy).mean()
+        loss.backward()
+        if args.sam_rho > 0:  # the gradient to apply is that at w + rho * g / ||g||
+            sam_perturb(self.sam_parameters, self.sam_backup, args.sam_rho)
+            if args.sam_noise == "independent":
+                online.sample_noise(generator)
+            self.optimizer.zero_grad()
+            (weights * td_error(online(images), batch.action, td_target)).mean().backward()
+            sam_restore(self.sam_parameters, self.sam_backup)
+
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
+        applied = grad_norm.isfinite()
+        self.optimizer.found_inf.copy_(~applied)
+        self.optimizer.step()
+        with torch.no_grad():
+            for w_target, w in zip(target.parameters(), self.parameters, strict=True):
+                w_target.lerp_(w, (1 - args.target_ema) * applied)
+        # Priorities come from the first pass. The floor keeps a perfectly fitted transition from vanishing for good.
+        priorities = cross_entropy.detach().clamp(min=1e-8) ** args.per_alpha
+        replay.update_priorities(batch.index, torch.where(applied, priorities, replay.priorities[batch.index]))
+        updates, skipped, in_a_row, longest = self.counts
+        in_a_row = (in_a_row + 1) * ~applied
+        self.counts.copy_(torch.stack([updates + 1, skipped + ~applied, in_a_row, torch.maximum(longest, in_a_row)]))
+        return torch.stack([loss.detach(), online.q_values(log_probs.detach()).mean(), grad_norm])
+
+    def reset(self) -> None:
+        """Reset the head, and shrink and perturb the backbone where that is on."""
+        reset_head(self.online, self.target, self.optimizer)
+        if self.args.shrink_perturb_alpha < 1:
+            shrink_and_perturb(self.online, self.target, self.args.shrink_perturb_alpha)
+
+
+# --- Evaluation and metrics -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    network: QNetwork,
+    env_id: str,
+    num_episodes: int,
+    epsilon: float,
+    seed: int,
+    device: torch.device,
+    video: list[np.ndarray] | None = None,
+) -> list[float]:
+    """Play num_episodes full games side by side, one per environment, so that short games are not over-counted.
+
+    Args:
+        network: plays without noise; the paper evaluates the target network.
+        epsilon: share of random actions.
+        seed: of the run; environment i is seeded with 10,000 * (seed + 1) + i, which the run does not train on.
+        video: takes the first game's frames, uint8 [84, 84] each, where it is given.
+
+    Returns:
+        The games' unclipped returns.
+    """
+    first_seed = 10_000 * (seed + 1)
+    envs = make_envs(env_id, num_episodes, first_seed)
+    rng = np.random.default_rng(first_seed)
+    frames, info = envs.reset()
+    stacks = torch.zeros((num_episodes, FRAME_STACK, 84, 84), dtype=torch.uint8, device=device)
+    stacks[:, -1] = torch.from_numpy(frames[:, 0]).to(device)
+    lives, returns = info["lives"].copy(), np.zeros(num_episodes)
+    playing = np.arange(num_episodes, dtype=np.int32)  # games over are left alone: their next step would reset them
+    with tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False) as progress:
+        while len(playing) > 0:
+            if video is not None and 0 in playing:
+                video.append(frames[list(playing).index(0), 0])
+            log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False)
+            actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
+            explore = rng.random(len(playing)) < epsilon
+            actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
+            frames, rewards, terminated, truncated, info = envs.step(actions, playing)
+            playing = info["env_id"]
+            returns[playing] += rewards
+            lost_life = info["lives"] < lives[playing]
+            lives[playing] = info["lives"]
+            index = torch.from_numpy(playing).to(device)
+            history = stacks[index, 1:] * torch.from_numpy(~lost_life).to(device)[:, None, None, None]
+            stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
+            over = terminated | truncated
+            progress.update(int(over.sum()))
+            frames, playing = frames[~over], playing[~over]
+    return returns.tolist()
+
+
+@torch.no_grad()
+def active_units(network: QNetwork, images: Tensor) -> dict[str, float]:
+    """Share of activations above 0, without noise: per activation layer, and over the backbone and the head (Fig. 4)."""
+    counts: dict[str, tuple[int, int]] = {}
+
+    def count(name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            counts[name] = (int((output > 0).sum()), output.numel())
+
+        return hook
+
+    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)]
+    hooks = [module.register_forward_hook(count(name)) for name, module in layers]
+    network(images, noisy=False)
+    for hook in hooks:
+        hook.remove()
+    for part in ("backbone", "head"):
+        active, units = np.sum([n for name, n in counts.items() if name.startswith(part)], axis=0)
+        counts[part] = (int(active), int(units))
+    return {name: active / units for name, (active, units) in counts.items()}
+
+
+def max_eigenvalue(
+    loss: Tensor, parameters: list[nn.Parameter], generator: torch.Generator, tolerance: float = 1e-3
+) -> float:
+    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
+
+    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
+    largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest.
+    """
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+
+    def hessian_times(vector: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)])
+
+    vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
+    vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
+    tridiagonal = np.zeros((101, 101))
+    for k in range(100):
+        product = hessian_times(vector) - beta * previous
+        tridiagonal[k, k] = product @ vector
+        product -= tridiagonal[k, k] * vector
+        beta = float(product.norm())
+        ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
+        if beta * abs(ritz_vectors[-1, -1]) <= tolerance * abs(ritz_values[-1]):
+            break
+        tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
+        previous, vector = vector, product / beta
+    return float(ritz_values[-1])
+
+
+def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Generator) -> dict[str, float]:
+    """Active units on 512 transitions and sharpness on 32, drawn uniformly; no noise, no augmentation, unit weights."""
+    batch = replay.sample_uniform(512, generator)
+    metrics = {f"active_units/{k}": v for k, v in active_units(agent.online, to_images(batch.obs)).items()}
+    batch = Batch(*(field[:32] for field in batch))
+    td_target = agent.td_target(batch, to_images(batch.next_obs), noisy=False)
+    # Past the network's forward(): its scaled gradient is not the loss's, and its Jacobian not symmetric.
+    log_probs = agent.online.head(agent.online.backbone(to_images(batch.obs)), noisy=False)
+    means = [w for name, w in agent.online.named_parameters() if "sigma" not in name]  # sigma is idle without noise
+    metrics["hessian_max_eigenvalue"] = max_eigenvalue(
+        td_error(log_probs, batch.action, td_target).mean(), means, generator
+    )
+    return metrics
+
+
+# --- Run --------------------------------------------------------------------------------------------------------------
+
+# fmt: off
+RANDOM_HUMAN = {  # returns of a random policy and of a human player (paper, Table 7)
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
+    "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
+    "ChopperCommand": (811.0, 7387.8), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
+    "Jamesbond": (29.0, 302.8), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5),
+    "KungFuMaster": (258.5, 22736.3), "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6),
+    "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0), "RoadRunner": (11.5, 7845.0),
+    "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2),
+}
+# fmt: on
+
+
+def human_normalized_score(env_id: str, mean_return: float) -> float | None:
+    """(score - random) / (human - random) (section 4.1); None for a game outside the 26."""
+    if env_id not in RANDOM_HUMAN:
+        return None
+    random, human = RANDOM_HUMAN[env_id]
+    return (mean_return - random) / (human - random)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with one line on stderr: code 2 for a flag that makes no sense, 1 for a machine or file that cannot."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def resolve(args: Args) -> Args:
+    """Fill in what is `auto`; end with one line at the first flag that makes no sense. Writes nothing."""
+    if args.evaluate is None and args.env_id not in GAMES:
+        closest = max(RANDOM_HUMAN, key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio())
+        fail(f"--env-id {args.env_id}: no such Atari game; the closest of the paper's 26 is {closest}", 2)
+    alpha = args.shrink_perturb_alpha
+    if alpha == "auto":  # section 4.3: it hurts a little at replay ratio 2 and helps above
+        alpha = 0.6 if args.replay_ratio >= 4 and args.reset_interval > 0 else 1.0
+    requirements = {
+        "--seed must be from 0 to 200,000 (EnvPool's seeds are int32)": 0 <= args.seed <= 200_000,
+        "--exp-name must be a plain file name": args.exp_name == Path(args.exp_name).name and args.exp_name != "",
+        "--replay-ratio must be at least 1": args.replay_ratio >= 1,
+        "--batch-size must be at least 1": args.batch_size >= 1,
+        "--n-step must be at least 1": args.n_step >= 1,
+        "--learning-starts must be at least --n-step": args.learning_starts >= args.n_step,
+        "--learning-starts must be below --total-timesteps": args.learning_starts < args.total_timesteps,
+        "--learning-rate must be above 0": 0 < args.learning_rate < math.inf,
+        "--adam-eps must be at least 0": 0 <= args.adam_eps < math.inf,
+        "--max-grad-norm must be above 0": args.max_grad_norm > 0,
+        "--gamma must be from 0 to 1": 0 <= args.gamma <= 1,
+        "--n-atoms must be at least 2": args.n_atoms >= 2,
+        "--v-min must be below --v-max": -math.inf < args.v_min < args.v_max < math.inf,
+        "--hidden-dim must be at least 1": args.hidden_dim >= 1,
+        "--noisy-std must be at least 0": 0 <= args.noisy_std < math.inf,
+        "--buffer-size must be above --n-step": args.buffer_size > args.n_step,
+        "--per-alpha must be at least 0": 0 <= args.per_alpha < math.inf,
+        "--per-beta must be from 0 to 1": 0 <= args.per_beta <= 1,
+        "--target-ema must be from 0 to 1": 0 <= args.target_ema <= 1,
+        "--aug-shift must be from 0 to 83": 0 <= args.aug_shift <= 83,
+        "--aug-intensity must be at least 0": 0 <= args.aug_intensity < math.inf,
+        "--sam-rho must be at least 0": 0 <= args.sam_rho < math.inf,
+        "--reset-interval must be at least 0": args.reset_interval >= 0,
+        "--shrink-perturb-alpha must be auto or from 0 to 1": 0 <= alpha <= 1,
+        "--shrink-perturb-alpha below 1 needs resets: --reset-interval above 0": alpha == 1 or args.reset_interval > 0,
+        "--eval-episodes must be from 1 to 10,000": 1 <= args.eval_episodes <= 10_000,
+        "--eval-epsilon must be from 0 to 1": 0 <= args.eval_epsilon <= 1,
+        "--eval-interval must be at least 0": args.eval_interval >= 0,
+        "--metrics-interval must be at least 0": args.metrics_interval >= 0,
+        "--log-interval must be at least 1": args.log_interval >= 1,
+    }
+    for message, holds in requirements.items():
+        if not holds:
+            fail(message, 2)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no CUDA device here; use --device cpu or install a CUDA build", 1)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb", 1)
+    auto_device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto_device if args.device == "auto" else args.device
+    return replace(args, shrink_perturb_alpha=float(alpha), device=device)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def git_commit() -> str | None:
+    """Commit of the repository that this file lies in, if it does."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call write(file) on a temporary neighbour of `path` and put it in place once it is on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def prepare_run_dir(args: Args) -> Path:
+    """Make the run's directory, clear of what an unfinished or overwritten run left in it."""
+    path = args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    if (path / "result.json").exists() and not args.overwrite:
+        fail(f"{path} holds a finished run; change --exp-name or --seed, or pass --overwrite to replace it", 1)
+    path.mkdir(parents=True, exist_ok=True)
+    for leftover in (path / "result.json", path / "model.pth", path / "video.gif", *path.glob("events.out.tfevents.*")):
+        leftover.unlink(missing_ok=True)
+    return path
+
+
+def save_gif(file: BinaryIO, frames: list[np.ndarray]) -> None:
+    """Frames, uint8 [84, 84], as a GIF in about the game's own pace (4 frames in 1/15 s)."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(file, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
+
+
+def train(args: Args) -> None:
+    """One run, from seeding to result.json."""
+    run_dir = prepare_run_dir(args)
+    device = torch.device(args.device)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=run_dir.name,
+            config=asdict(args),
+            sync_tensorboard=True,
+        )
+    writer = SummaryWriter(str(run_dir))
+    flags = json.loads(json.dumps(asdict(args), default=str))
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in flags.items()))
+
+    torch.manual_seed(args.seed)  # initialisers, at the start and at resets
+    rng = np.random.default_rng(args.seed)  # random actions before learning starts
+    metrics_generator = torch.Generator(device).manual_seed(args.seed)  # measuring leaves training's draws alone
+    envs = make_envs(args.env_id, 1, args.seed)
+    num_actions = int(envs.action_space.n)
+    num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
+    agent = Agent(num_actions, num_updates, args, device)
+    replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
+    parameters = sum(w.numel() for w in agent.parameters)
+    print(
+        f"{run_dir}: {num_actions} actions, {parameters:,} parameters, {num_updates:,} updates, on {device_name(device)}"
+    )
+
+    start_time, evaluation_time = time.perf_counter(), 0.0
+    updates = resets = 0
+    frames, info = envs.reset()
+    replay.start(frames[0, 0])
+    lives, episode_return, episode_length = info["lives"][0], 0.0, 0
+    progress = tqdm(range(1, args.total_timesteps + 1), desc=args.env_id, unit="step", disable=None)
+    for step in progress:
+        if step <= args.learning_starts:
+            action = int(rng.integers(num_actions))
+        else:
+            action = int(agent.act(replay.newest()))  # the step's one host sync
+        frames, rewards, terminated, truncated, info = envs.step(np.array([action], dtype=np.int32))
+        lost_life = info["lives"][0] < lives
+        episode_over = terminated[0] or truncated[0]
+        episode_return += float(rewards[0])
+        episode_length += 1
+        if episode_over:
+            writer.add_scalar("charts/episodic_return", episode_return, step)
+            writer.add_scalar("charts/episodic_length", episode_length, step)
+            progress.set_postfix({"return": episode_return}, refresh=False)
+            episode_return, episode_length = 0.0, 0
+            frames, info = envs.reset()  # else EnvPool's next step would ignore its action and reset
+        replay.add(action, float(np.sign(rewards[0])), bool(lost_life or episode_over), frames[0, 0])
+        lives = info["lives"][0]
+
+        if step >= args.learning_starts:
+            for _ in range(args.replay_ratio):
+                losses = agent.update(replay)
+                updates += 1
+                if args.reset_interval > 0 and updates % args.reset_interval == 0 and step < args.total_timesteps:
+                    agent.reset()
+                    resets += 1
+            if step % args.log_interval == 0 or step == args.total_timesteps:
+                _, skipped, _, longest_row = agent.counts.tolist()
+                if longest_row >= MAX_SKIPPED_IN_A_ROW:
+                    progress.close()
+                    fail(f"stopped at step {step}: {longest_row} updates in a row had a non-finite gradient", 1)
+                for name, value in zip(("td_loss", "q_values", "gradient_norm"), losses.tolist(), strict=True):
+                    writer.add_scalar(f"losses/{name}", value, step)
+                writer.add_scalar("losses/skipped_updates", skipped, step)
+                writer.add_scalar("charts/resets", resets, step)
+                writer.add_scalar("charts/SPS", step / (time.perf_counter() - start_time - evaluation_time), step)
+            if args.metrics_interval > 0 and step % args.metrics_interval == 0:
+                for name, value in plasticity_metrics(agent, replay, metrics_generator).items():
+                    writer.add_scalar(f"plasticity/{name}", value, step)
+
+        if step == args.total_timesteps or (args.eval_interval > 0 and step % args.eval_interval == 0):
+            evaluation_start = time.perf_counter()
+            video = [] if args.capture_video else None
+            returns = evaluate(
+                agent.target, args.env_id, args.eval_episodes, args.eval_epsilon, args.seed, device, video
+            )
+            mean_return = float(np.mean(returns))
+            score = human_normalized_score(args.env_id, mean_return)
+            writer.add_scalar("eval/mean_return", mean_return, step)
+            if score is not None:
+                writer.add_scalar("eval/human_normalized_score", score, step)
+            evaluation_time += time.perf_counter() - evaluation_start
+    writer.close()
+
+    wall_clock = time.perf_counter() - start_time
+    if args.capture_video:
+        write_atomically(run_dir / "video.gif", lambda file: save_gif(file, video))
+    if args.save_model:
+        model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
+        write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
+    result = {
+        "script": Path(__file__).name,
+        "exp_name": args.exp_name,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "args": flags,
+        "env_steps": args.total_timesteps,
+        "gradient_updates": updates,
+        "resets": resets,
+        "skipped_updates": skipped,
+        "parameters": parameters,
+        "episode_returns": returns,
+        "mean_return": mean_return,
+        "human_normalized_score": score,
+        "wall_clock_seconds": wall_clock,
+        "env_steps_per_second": args.total_timesteps / (wall_clock - evaluation_time),
+        "updates_per_second": updates / (wall_clock - evaluation_time),
+        "device": device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__},
+        "git_commit": git_commit(),
+    }
+    write_atomically(run_dir / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
+    print(summary(args.env_id, returns) + f"; {run_dir / 'result.json'}")
+
+
+def evaluate_saved(args: Args) -> None:
+    """Evaluate the model at --evaluate: the game and the network are the file's, the rest is the command's."""
+    try:
+        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        saved = Args(**model["args"])
+        network = QNetwork(model["num_actions"], saved)
+        network.load_state_dict(model["target"])
+    except FileNotFoundError:
+        fail(f"--evaluate {args.evaluate}: no such file", 1)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError):
+        fail(f"--evaluate {args.evaluate}: not a model that --save-model of this script wrote", 1)
+    device = torch.device(args.device)
+    network = network.to(device, memory_format=torch.channels_last)
+    video = [] if args.capture_video else None
+    returns = evaluate(network, saved.env_id, args.eval_episodes, args.eval_epsilon, args.seed, device, video)
+    print(summary(saved.env_id, returns))
+    if args.capture_video:
+        path = args.evaluate.with_suffix(".gif")
+        write_atomically(path, lambda file: save_gif(file, video))
+        print(path)
+
+
+def summary(env_id: str, returns: list[float]) -> str:
+    """One line for people: mean return and, for the paper's games, human-normalized score."""
+    mean_return = float(np.mean(returns))
+    line = f"{env_id}: mean return {mean_return:.1f} over {len(returns)} games"
+    score = human_normalized_score(env_id, mean_return)
+    return line if score is None else f"{line}, human-normalized score {score:.3f}"
+
+
+if __name__ == "__main__":
+    args = resolve(tyro.cli(Args))
+    try:
+        train(args) if args.evaluate is None else evaluate_saved(args)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except OSError as error:
+        fail(str(error), 1)
