@@ -16,15 +16,15 @@
 Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning" (NeurIPS 2023),
 sections 4.2 and 4.3, appendices A.3 and B.2 (Algorithm 1, Table 5).
 
-    python plastic_drq_rainbow_atari.py --env-id Alien                                           # PLASTIC, replay ratio 2
-    python plastic_drq_rainbow_atari.py --env-id Alien --no-crelu --sam-rho 0                    # PLASTIC† (LN + Reset)
+    python plastic_drq_rainbow_atari.py --env-id Alien                            # PLASTIC at replay ratio 2
+    python plastic_drq_rainbow_atari.py --env-id Alien --no-crelu --sam-rho 0     # PLASTIC†: LayerNorm and resets
     python plastic_drq_rainbow_atari.py --env-id Alien --no-crelu --sam-rho 0 --no-layer-norm --reset-interval 0  # base
 
-Where this file departs from the paper's text (README.md compares paper, release and this file):
-- Adam's epsilon is 1.5e-4; the paper's 0.000015 is a digit slip (its lineage has 1.5e-4).   --adam-eps
-- LayerNorm in the backbone only, as in the main text; appendix A.3 has the FC layers too.    --layer-norm-scope
-- CReLU in the head only: the one reading that gives the paper's 7.2M parameters.             --crelu-scope
-- Algorithm 1 shows epsilon-greedy DQN for brevity; acting is by noisy target network (Table 5).
+Where it departs from the paper's text (README.md compares the paper, the authors' release and this file):
+- Adam's epsilon is 1.5e-4; the paper's 0.000015 is a digit slip.                              --adam-eps
+- LayerNorm in the backbone only, as the main text says; appendix A.3 adds the FC layers.      --layer-norm-scope
+- CReLU in the head only: the one reading that gives the paper's 7.2M parameters.              --crelu-scope
+- Algorithm 1 shows an epsilon-greedy DQN for brevity; acting is by the noisy target network, as Table 5 says.
 """
 
 import copy
@@ -54,9 +54,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-GAMES = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
 FRAME_STACK = 4
-MAX_SKIPPED_IN_A_ROW = 100
+FINITE = sys.float_info.max
+MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
 
 
 @dataclass
@@ -101,9 +101,10 @@ class Args:
     crelu_scope: Literal["head", "all"] = "head"  # all = the backbone's layers too
     sam_rho: float = 0.1  # radius of the SAM perturbation (0 = off)
     sam_scope: Literal["all", "backbone", "head"] = "all"  # parameters that SAM perturbs
-    sam_noise: Literal["independent", "reused", "none"] = "independent"  # noise of SAM's second pass; none = first pass without
+    sam_noise: Literal["independent", "reused", "none"] = "independent"  # in pass two; none = pass one without noise
     reset_interval: int = 40_000  # gradient updates between resets of the head (0 = off)
-    shrink_perturb_alpha: Literal["auto"] | float = "auto"  # share of the backbone kept at a reset (1 = all; auto = 1 below replay ratio 4, else 0.6)
+    # share of the backbone's weights kept at a reset (1 = off; auto = off below replay ratio 4, else 0.6)
+    shrink_perturb_alpha: Literal["auto"] | float = "auto"
 
     # Evaluation, metrics, logging
     eval_episodes: int = 100  # full games of an evaluation
@@ -124,16 +125,10 @@ class Args:
 
 
 def make_envs(env_id: str, num_envs: int, seed: int):
-    """Atari games as the paper plays them: 84x84 gray, frame skip 4, no sticky actions, at most 108,000 frames.
+    """Atari as the paper plays it, in an EnvPool with Gymnasium's API; env i is seeded with seed + i, once, here.
 
-    Args:
-        env_id: game, for example "Alien".
-        num_envs: games side by side; env i is seeded with seed + i.
-        seed: of env 0; EnvPool takes it here and ignores it in reset().
-
-    Returns:
-        An EnvPool with Gymnasium's API; observations are uint8 [num_envs, 1, 84, 84], the newest frame alone.
-        Lives and frame stacks are the caller's: EnvPool's episodic_life would play no-ops after every lost life.
+    Observations are the newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and frame stacks are left to the
+    caller: EnvPool's own episodic_life would play no-ops after every lost life.
     """
     return envpool.make_gymnasium(
         f"{env_id}-v5",
@@ -246,7 +241,7 @@ class DuelingHead(nn.Module):
 
 
 def make_backbone(args: Args) -> nn.Sequential:
-    """Three convolutions, uint8-range images in [0, 1] [B, 4, 84, 84] -> features [B, 3136] (6272 with CReLU in it)."""
+    """Three convolutions: images [B, 4, 84, 84] -> features [B, 3136], or [B, 6272] with CReLU in scope `all`."""
     crelu = args.crelu and args.crelu_scope == "all"
     layers: list[nn.Module] = []
     in_channels = FRAME_STACK
@@ -282,7 +277,7 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor, noisy: bool = True) -> Tensor:
         """Images in [0, 1] [B, 4, 84, 84] -> log-probabilities of the returns, [B, num_actions, n_atoms]."""
         features = self.backbone(obs)
-        # Two streams feed the backbone: its gradient is scaled by 1/sqrt(2) (Wang et al., 2016). The value is unchanged.
+        # Both streams feed the backbone: scale its gradient by 1/sqrt(2) (Wang et al., 2016), not its value.
         return self.head(torch.lerp(features.detach(), features, 2**-0.5), noisy)
 
 
@@ -344,7 +339,7 @@ class ReplayBuffer:
         self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0  # its stack is being overwritten
 
     def stack(self, index: Tensor) -> Tensor:
-        """The last 4 frames up to slots `index` [B], oldest first, zeros before the current life: uint8 [B, 4, 84, 84]."""
+        """Frames up to slots `index` [B], oldest first, zeros before the current life: uint8 [B, 4, 84, 84]."""
         slots = (index[:, None] + self.history) % self.slots
         alive = (~self.ends[slots[:, :-1]]).to(torch.uint8).flip(1).cumprod(1, dtype=torch.uint8).flip(1)
         frames = self.frames[slots]
@@ -367,11 +362,10 @@ class ReplayBuffer:
         )
 
     def sample(self, batch_size: int, beta: Tensor, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """Stratified proportional sampling (Schaul et al., 2016, appendix B.2.1).
+        """Stratified proportional sampling (Schaul et al., 2016, appendix B.2.1) of batch_size transitions.
 
-        Returns:
-            batch_size transitions, and their importance weights (1 / (N p)) ** beta over the largest in the batch,
-            float32 [B]; N and the sum of priorities cancel in that quotient.
+        Also returns their importance weights (1 / (N p)) ** beta over the largest in the batch, float32 [B]: in that
+        quotient, the number N of transitions and the sum of the priorities cancel.
         """
         device = self.priorities.device
         cumulative = self.priorities.cumsum(0, dtype=torch.float64)
@@ -394,15 +388,9 @@ class ReplayBuffer:
 
 
 def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generator) -> Tensor:
-    """DrQ's augmentation: random shift with edge padding, then intensity jitter; one draw per stack (Table 5).
+    """DrQ's augmentation, one draw per stack (Table 5): uint8 [B, 4, H, W] -> images, float32 [B, 4, H, W].
 
-    Args:
-        obs: uint8 [B, 4, H, W].
-        shift: largest shift in pixels, 0 = off.
-        intensity: the jitter multiplies by 1 + intensity * clip(N(0, 1), -2, 2), 0 = off.
-
-    Returns:
-        Images in [0, 1], jitter aside; float32 [B, 4, H, W], channels last in memory.
+    A random shift of up to `shift` pixels with edge padding, then a factor 1 + intensity * clip(N(0, 1), -2, 2).
     """
     batch, channels, height, width = obs.shape
     if shift > 0:
@@ -461,7 +449,7 @@ def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Opti
 
 @torch.no_grad()
 def shrink_and_perturb(online: nn.Module, target: nn.Module, alpha: float) -> None:
-    """Backbone w <- alpha * w + (1 - alpha) * phi, phi freshly initialised, the same for both; in place (section 4.3)."""
+    """Backbone w <- alpha * w + (1 - alpha) * phi, phi fresh and the same for both networks; in place (section 4.3)."""
     fresh = copy.deepcopy(online.backbone)
     for module in fresh.modules():
         if hasattr(module, "reset_parameters"):
@@ -475,16 +463,10 @@ def shrink_and_perturb(online: nn.Module, target: nn.Module, alpha: float) -> No
 
 
 def project(next_probs: Tensor, n_step_return: Tensor, discount: Tensor, support: Tensor) -> Tensor:
-    """C51's projection of the distribution of R + discount * z onto the support (Bellemare et al., 2017, Eq. 7).
+    """C51's projection of R + discount * z onto the support (Bellemare et al., 2017, Eq. 7): [B, N] -> [B, N].
 
-    Each atom's mass goes to its two neighbours in proportion to their nearness: a triangle of width delta around
-    every support point, so no loop and no special case for an atom that lands on a point.
-
-    Args:
-        next_probs: [B, N]; n_step_return, discount: [B]; support: [N], equally spaced.
-
-    Returns:
-        The target distribution, [B, N].
+    n_step_return and discount are [B], the support is [N], equally spaced. An atom's mass goes to its two neighbours,
+    in proportion to their nearness: a triangle around each point of the support, with no case of its own for a hit.
     """
     delta = support[1] - support[0]
     atoms = (n_step_return[:, None] + discount[:, None] * support).clamp(support[0], support[-1])
@@ -503,16 +485,15 @@ def td_error(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
 
 
 class Agent:
-    """DrQ-Rainbow with the paper's interventions: networks, optimizer, and the update that Algorithm 1 describes.
+    """DrQ-Rainbow with the paper's interventions: networks, optimizer, acting and Algorithm 1's update.
 
-    `num_updates` is the number of updates of the whole run, over which PER's beta rises to 1. No method but act()'s
-    caller moves data to the host; `counts` holds, on the device: updates, skipped updates, skipped in a row, and the
-    longest such row.
+    `num_updates` is that of the whole run, over which PER's beta rises to 1. Nothing here waits for the device.
+    `counts`, on the device: updates, skipped updates, skipped in a row, longest such row.
     """
 
-    def __init__(self, num_actions: int, num_updates: int, args: Args, device: torch.device) -> None:
-        self.args, self.num_updates = args, num_updates
-        self.generator = torch.Generator(device).manual_seed(args.seed)
+    def __init__(self, num_actions: int, num_updates: int, args: Args, generator: torch.Generator) -> None:
+        self.args, self.num_updates, self.generator = args, num_updates, generator
+        device = generator.device
         self.online = QNetwork(num_actions, args).to(device, memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.parameters = list(self.online.parameters())
@@ -526,7 +507,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Greedy action of the noisy target network (Table 5, D'Oro et al., 2023): uint8 [B, 4, 84, 84] -> int64 [B]."""
+        """Greedy action of the noisy target network (appendix A.3): uint8 [B, 4, 84, 84] -> int64 [B]."""
         return self.target.q_values(self.target(to_images(obs))).argmax(1)
 
     @torch.no_grad()
@@ -586,27 +567,15 @@ class Agent:
 
 
 @torch.no_grad()
-def evaluate(
-    network: QNetwork,
-    env_id: str,
-    num_episodes: int,
-    epsilon: float,
-    seed: int,
-    device: torch.device,
-    video: list[np.ndarray] | None = None,
-) -> list[float]:
-    """Play num_episodes full games side by side, one per environment, so that short games are not over-counted.
+def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None) -> list[float]:
+    """Play --eval-episodes full games side by side, one per environment, so that short games are not over-counted.
 
-    Args:
-        network: plays without noise; the paper evaluates the target network.
-        epsilon: share of random actions.
-        seed: of the run; environment i is seeded with 10,000 * (seed + 1) + i, which the run does not train on.
-        video: takes the first game's frames, uint8 [84, 84] each, where it is given.
-
-    Returns:
-        The games' unclipped returns.
+    The network (the target network, in the paper) plays without noise, with --eval-epsilon random actions.
+    Environment i is seeded with 10,000 * (seed + 1) + i: not a seed that this run trains on.
+    `video`, where given, takes the first game's frames, uint8 [84, 84]. Returns the games' unclipped returns.
     """
-    first_seed = 10_000 * (seed + 1)
+    device, num_episodes = network.support.device, args.eval_episodes
+    first_seed = 10_000 * (args.seed + 1)
     envs = make_envs(env_id, num_episodes, first_seed)
     rng = np.random.default_rng(first_seed)
     frames, info = envs.reset()
@@ -617,10 +586,10 @@ def evaluate(
     with tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False) as progress:
         while len(playing) > 0:
             if video is not None and 0 in playing:
-                video.append(frames[list(playing).index(0), 0])
+                video.append(stacks[0, -1].cpu().numpy())
             log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False)
             actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
-            explore = rng.random(len(playing)) < epsilon
+            explore = rng.random(len(playing)) < args.eval_epsilon
             actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
             frames, rewards, terminated, truncated, info = envs.step(actions, playing)
             playing = info["env_id"]
@@ -632,13 +601,13 @@ def evaluate(
             stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
             over = terminated | truncated
             progress.update(int(over.sum()))
-            frames, playing = frames[~over], playing[~over]
+            playing = playing[~over]
     return returns.tolist()
 
 
 @torch.no_grad()
 def active_units(network: QNetwork, images: Tensor) -> dict[str, float]:
-    """Share of activations above 0, without noise: per activation layer, and over the backbone and the head (Fig. 4)."""
+    """Share of activations above 0 (Fig. 4), without noise: of each layer, and of the whole backbone and head."""
     counts: dict[str, tuple[int, int]] = {}
 
     def count(name: str):
@@ -676,7 +645,7 @@ def max_eigenvalue(
     tridiagonal = np.zeros((101, 101))
     for k in range(100):
         product = hessian_times(vector) - beta * previous
-        tridiagonal[k, k] = product @ vector
+        tridiagonal[k, k] = float(product @ vector)
         product -= tridiagonal[k, k] * vector
         beta = float(product.norm())
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
@@ -732,61 +701,51 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+# fmt: off
+RANGES = {  # of the flags, both ends included; FINITE is the largest number that is not infinite
+    "seed": (0, 200_000), "replay_ratio": (1, FINITE), "batch_size": (1, FINITE), "learning_rate": (0, FINITE),
+    "adam_eps": (0, FINITE), "max_grad_norm": (0, math.inf), "gamma": (0, 1), "n_step": (1, FINITE),
+    "n_atoms": (2, FINITE), "v_min": (-FINITE, FINITE), "v_max": (-FINITE, FINITE), "hidden_dim": (1, FINITE),
+    "noisy_std": (0, FINITE), "per_alpha": (0, FINITE), "per_beta": (0, 1), "target_ema": (0, 1), "aug_shift": (0, 83),
+    "aug_intensity": (0, FINITE), "sam_rho": (0, FINITE), "reset_interval": (0, FINITE),
+    "shrink_perturb_alpha": (0, 1), "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, FINITE),
+    "metrics_interval": (0, FINITE), "log_interval": (1, FINITE),
+}
+# fmt: on
+
+
 def resolve(args: Args) -> Args:
     """Fill in what is `auto`; end with one line at the first flag that makes no sense. Writes nothing."""
-    if args.evaluate is None and args.env_id not in GAMES:
+    games = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
+    if args.env_id not in games:
         closest = max(RANDOM_HUMAN, key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio())
         fail(f"--env-id {args.env_id}: no such Atari game; the closest of the paper's 26 is {closest}", 2)
-    alpha = args.shrink_perturb_alpha
-    if alpha == "auto":  # section 4.3: it hurts a little at replay ratio 2 and helps above
-        alpha = 0.6 if args.replay_ratio >= 4 and args.reset_interval > 0 else 1.0
-    requirements = {
-        "--seed must be from 0 to 200,000 (EnvPool's seeds are int32)": 0 <= args.seed <= 200_000,
-        "--exp-name must be a plain file name": args.exp_name == Path(args.exp_name).name and args.exp_name != "",
-        "--replay-ratio must be at least 1": args.replay_ratio >= 1,
-        "--batch-size must be at least 1": args.batch_size >= 1,
-        "--n-step must be at least 1": args.n_step >= 1,
-        "--learning-starts must be at least --n-step": args.learning_starts >= args.n_step,
-        "--learning-starts must be below --total-timesteps": args.learning_starts < args.total_timesteps,
-        "--learning-rate must be above 0": 0 < args.learning_rate < math.inf,
-        "--adam-eps must be at least 0": 0 <= args.adam_eps < math.inf,
-        "--max-grad-norm must be above 0": args.max_grad_norm > 0,
-        "--gamma must be from 0 to 1": 0 <= args.gamma <= 1,
-        "--n-atoms must be at least 2": args.n_atoms >= 2,
-        "--v-min must be below --v-max": -math.inf < args.v_min < args.v_max < math.inf,
-        "--hidden-dim must be at least 1": args.hidden_dim >= 1,
-        "--noisy-std must be at least 0": 0 <= args.noisy_std < math.inf,
-        "--buffer-size must be above --n-step": args.buffer_size > args.n_step,
-        "--per-alpha must be at least 0": 0 <= args.per_alpha < math.inf,
-        "--per-beta must be from 0 to 1": 0 <= args.per_beta <= 1,
-        "--target-ema must be from 0 to 1": 0 <= args.target_ema <= 1,
-        "--aug-shift must be from 0 to 83": 0 <= args.aug_shift <= 83,
-        "--aug-intensity must be at least 0": 0 <= args.aug_intensity < math.inf,
-        "--sam-rho must be at least 0": 0 <= args.sam_rho < math.inf,
-        "--reset-interval must be at least 0": args.reset_interval >= 0,
-        "--shrink-perturb-alpha must be auto or from 0 to 1": 0 <= alpha <= 1,
-        "--shrink-perturb-alpha below 1 needs resets: --reset-interval above 0": alpha == 1 or args.reset_interval > 0,
-        "--eval-episodes must be from 1 to 10,000": 1 <= args.eval_episodes <= 10_000,
-        "--eval-epsilon must be from 0 to 1": 0 <= args.eval_epsilon <= 1,
-        "--eval-interval must be at least 0": args.eval_interval >= 0,
-        "--metrics-interval must be at least 0": args.metrics_interval >= 0,
-        "--log-interval must be at least 1": args.log_interval >= 1,
-    }
-    for message, holds in requirements.items():
-        if not holds:
-            fail(message, 2)
+    if args.shrink_perturb_alpha == "auto":  # section 4.3: it costs a little at replay ratio 2 and pays above
+        pays = args.replay_ratio >= 4 and args.reset_interval > 0
+        args = replace(args, shrink_perturb_alpha=0.6 if pays else 1.0)
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(args, name) <= high:  # false for nan too
+            end = f" to {high:,}" if high < FINITE else " up"
+            fail(f"--{name.replace('_', '-')} must be a number from {low:,}{end}, not {getattr(args, name)}", 2)
+    if not args.n_step <= args.learning_starts < args.total_timesteps:
+        fail("--learning-starts must be at least --n-step and below --total-timesteps", 2)
+    if args.learning_rate == 0 or args.max_grad_norm == 0:
+        fail("--learning-rate and --max-grad-norm must be above 0", 2)
+    if args.buffer_size <= args.n_step:
+        fail("--buffer-size must be above --n-step", 2)
+    if args.v_min >= args.v_max:
+        fail("--v-min must be below --v-max", 2)
+    if args.shrink_perturb_alpha < 1 and args.reset_interval == 0:
+        fail("--shrink-perturb-alpha acts at resets: it needs a --reset-interval above 0", 2)
+    if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name:
+        fail(f"--exp-name {args.exp_name}: must be a plain file name", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch finds no CUDA device here; use --device cpu or install a CUDA build", 1)
+        fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases: pip install wandb", 1)
-    auto_device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = auto_device if args.device == "auto" else args.device
-    return replace(args, shrink_perturb_alpha=float(alpha), device=device)
-
-
-def device_name(device: torch.device) -> str:
-    """The device as a person names it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    if args.device == "auto":
+        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
+    return args
 
 
 def git_commit() -> str | None:
@@ -827,34 +786,33 @@ def save_gif(file: BinaryIO, frames: list[np.ndarray]) -> None:
 
 def train(args: Args) -> None:
     """One run, from seeding to result.json."""
-    run_dir = prepare_run_dir(args)
     device = torch.device(args.device)
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            config=asdict(args),
-            sync_tensorboard=True,
-        )
-    writer = SummaryWriter(str(run_dir))
-    flags = json.loads(json.dumps(asdict(args), default=str))
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in flags.items()))
-
-    torch.manual_seed(args.seed)  # initialisers, at the start and at resets
+    device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     rng = np.random.default_rng(args.seed)  # random actions before learning starts
-    metrics_generator = torch.Generator(device).manual_seed(args.seed)  # measuring leaves training's draws alone
+    torch.manual_seed(args.seed)  # initialisers, at the start and at resets
+    # Sampling, augmentation and noise have a generator of their own; so have the metrics, which must change nothing.
+    generator, metrics_generator = (torch.Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist())
     envs = make_envs(args.env_id, 1, args.seed)
     num_actions = int(envs.action_space.n)
     num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
-    agent = Agent(num_actions, num_updates, args, device)
-    replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
+    try:
+        agent = Agent(num_actions, num_updates, args, generator)
+        replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        fail(f"the network and the replay buffer do not fit ({reason}): lower --buffer-size or --hidden-dim", 1)
     parameters = sum(w.numel() for w in agent.parameters)
-    print(
-        f"{run_dir}: {num_actions} actions, {parameters:,} parameters, {num_updates:,} updates, on {device_name(device)}"
-    )
+
+    run_dir = prepare_run_dir(args)
+    flags = json.loads(json.dumps(asdict(args), default=str))
+    if args.track:
+        import wandb
+
+        project, entity = args.wandb_project_name, args.wandb_entity
+        wandb.init(project=project, entity=entity, name=run_dir.name, config=flags, sync_tensorboard=True)
+    writer = SummaryWriter(str(run_dir))
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
+    print(f"{run_dir}: {parameters:,} parameters, {num_updates:,} updates, on {device_name}")
 
     start_time, evaluation_time = time.perf_counter(), 0.0
     updates = resets = 0
@@ -892,6 +850,7 @@ def train(args: Args) -> None:
                 _, skipped, _, longest_row = agent.counts.tolist()
                 if longest_row >= MAX_SKIPPED_IN_A_ROW:
                     progress.close()
+                    writer.close()
                     fail(f"stopped at step {step}: {longest_row} updates in a row had a non-finite gradient", 1)
                 for name, value in zip(("td_loss", "q_values", "gradient_norm"), losses.tolist(), strict=True):
                     writer.add_scalar(f"losses/{name}", value, step)
@@ -905,9 +864,7 @@ def train(args: Args) -> None:
         if step == args.total_timesteps or (args.eval_interval > 0 and step % args.eval_interval == 0):
             evaluation_start = time.perf_counter()
             video = [] if args.capture_video else None
-            returns = evaluate(
-                agent.target, args.env_id, args.eval_episodes, args.eval_epsilon, args.seed, device, video
-            )
+            returns = evaluate(agent.target, args.env_id, args, video)
             mean_return = float(np.mean(returns))
             score = human_normalized_score(args.env_id, mean_return)
             writer.add_scalar("eval/mean_return", mean_return, step)
@@ -939,7 +896,7 @@ def train(args: Args) -> None:
         "wall_clock_seconds": wall_clock,
         "env_steps_per_second": args.total_timesteps / (wall_clock - evaluation_time),
         "updates_per_second": updates / (wall_clock - evaluation_time),
-        "device": device_name(device),
+        "device": device_name,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__},
         "git_commit": git_commit(),
     }
@@ -948,7 +905,7 @@ def train(args: Args) -> None:
 
 
 def evaluate_saved(args: Args) -> None:
-    """Evaluate the model at --evaluate: the game and the network are the file's, the rest is the command's."""
+    """Evaluate the model at --evaluate: its game and its network, with this command's evaluation flags."""
     try:
         model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         saved = Args(**model["args"])
@@ -956,17 +913,13 @@ def evaluate_saved(args: Args) -> None:
         network.load_state_dict(model["target"])
     except FileNotFoundError:
         fail(f"--evaluate {args.evaluate}: no such file", 1)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError):
-        fail(f"--evaluate {args.evaluate}: not a model that --save-model of this script wrote", 1)
-    device = torch.device(args.device)
-    network = network.to(device, memory_format=torch.channels_last)
+    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError):
+        fail(f"--evaluate {args.evaluate}: not a model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
-    returns = evaluate(network, saved.env_id, args.eval_episodes, args.eval_epsilon, args.seed, device, video)
+    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, args, video)
     print(summary(saved.env_id, returns))
     if args.capture_video:
-        path = args.evaluate.with_suffix(".gif")
-        write_atomically(path, lambda file: save_gif(file, video))
-        print(path)
+        write_atomically(args.evaluate.with_suffix(".gif"), lambda file: save_gif(file, video))
 
 
 def summary(env_id: str, returns: list[float]) -> str:
@@ -983,5 +936,5 @@ if __name__ == "__main__":
         train(args) if args.evaluate is None else evaluate_saved(args)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except OSError as error:
-        fail(str(error), 1)
+    except OSError as error:  # no permission, no space, no such directory
+        fail(f"cannot write {error.filename or args.run_dir}: {error.strerror or error}; see --run-dir", 1)
