@@ -586,7 +586,7 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
     with tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False) as progress:
         while len(playing) > 0:
             if video is not None and 0 in playing:
-                video.append(stacks[0, -1].cpu().numpy())
+                video.append(stacks[0, -1].clone().cpu().numpy())
             log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False)
             actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
             explore = rng.random(len(playing)) < args.eval_epsilon
