@@ -130,21 +130,13 @@ def make_envs(env_id: str, num_envs: int, seed: int):
     Observations are the newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and frame stacks are left to the
     caller: EnvPool's own episodic_life would play no-ops after every lost life.
     """
+    # fmt: off
     return envpool.make_gymnasium(
-        f"{env_id}-v5",
-        num_envs=num_envs,
-        seed=seed,
-        stack_num=1,
-        frame_skip=4,
-        noop_max=30,
-        max_episode_steps=27_000,
-        repeat_action_probability=0.0,
-        full_action_space=False,
-        use_inter_area_resize=False,
-        use_fire_reset=False,
-        episodic_life=False,
-        reward_clip=False,
+        f"{env_id}-v5", num_envs=num_envs, seed=seed, stack_num=1, frame_skip=4, noop_max=30, max_episode_steps=27_000,
+        repeat_action_probability=0.0, full_action_space=False, use_inter_area_resize=False, use_fire_reset=False,
+        episodic_life=False, reward_clip=False,
     )
+    # fmt: on
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -879,27 +871,18 @@ def train(args: Args) -> None:
     if args.save_model:
         model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
         write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
+    training_time = wall_clock - evaluation_time
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__}
+    # fmt: off
     result = {
-        "script": Path(__file__).name,
-        "exp_name": args.exp_name,
-        "env_id": args.env_id,
-        "seed": args.seed,
-        "args": flags,
-        "env_steps": args.total_timesteps,
-        "gradient_updates": updates,
-        "resets": resets,
-        "skipped_updates": skipped,
-        "parameters": parameters,
-        "episode_returns": returns,
-        "mean_return": mean_return,
-        "human_normalized_score": score,
-        "wall_clock_seconds": wall_clock,
-        "env_steps_per_second": args.total_timesteps / (wall_clock - evaluation_time),
-        "updates_per_second": updates / (wall_clock - evaluation_time),
-        "device": device_name,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__},
-        "git_commit": git_commit(),
+        "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id, "seed": args.seed,
+        "args": flags, "env_steps": args.total_timesteps, "gradient_updates": updates, "resets": resets,
+        "skipped_updates": skipped, "parameters": parameters, "episode_returns": returns, "mean_return": mean_return,
+        "human_normalized_score": score, "wall_clock_seconds": wall_clock,
+        "env_steps_per_second": args.total_timesteps / training_time, "updates_per_second": updates / training_time,
+        "device": device_name, "versions": versions, "git_commit": git_commit(),
     }
+    # fmt: on
     write_atomically(run_dir / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
     print(summary(args.env_id, returns) + f"; {run_dir / 'result.json'}")
 

@@ -38,7 +38,10 @@ mean_return human_normalized_score wall_clock_seconds env_steps_per_second updat
 git_commit""".split()
 
 
-@pytest.mark.parametrize("method, flags", [("base", [*BASE, "--reset-interval", "0"]), ("dagger", DAGGER), ("plastic", [])])  # fmt: skip
+METHODS = {"base": [*BASE, "--reset-interval", "0"], "dagger": DAGGER, "plastic": []}
+
+
+@pytest.mark.parametrize("method, flags", METHODS.items(), ids=METHODS)
 def test_a_short_real_run_past_learning_starts_and_resets(tmp_path, method, flags):
     extra = ["--replay-ratio", "4", "--exp-name", method, "--log-interval", "20", "--metrics-interval", "30"]
     resets = [] if method == "base" else ["--reset-interval", "30"]

@@ -49,7 +49,10 @@ def same_frame(a, b):
     return np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("env_id, rom", [("Pong", "pong"), ("Breakout", "breakout"), ("RoadRunner", "road_runner"), ("Alien", "alien")])  # fmt: skip
+ROMS = {"Pong": "pong", "Breakout": "breakout", "RoadRunner": "road_runner", "Alien": "alien"}
+
+
+@pytest.mark.parametrize("env_id, rom", ROMS.items(), ids=ROMS)
 def test_preprocessing_equals_ale_driven_by_hand(env_id, rom):
     """For one number of no-ops from 1 to 30, 200 steps give the same frames, rewards, lives and ends."""
     envs = atari.make_envs(env_id, 1, seed=5)
