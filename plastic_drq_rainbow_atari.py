@@ -476,6 +476,13 @@ def td_error(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
     return -(td_target * take_action(log_probs, action)).sum(1)
 
 
+@torch.no_grad()
+def move_target(target: nn.Module, online: nn.Module, rate: Tensor) -> None:
+    """Moving average w- <- (1 - rate) * w- + rate * w, in place; rate = 1 - tau, a scalar (Algorithm 1, line 18)."""
+    for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
+        w_target.lerp_(w, rate)
+
+
 class Agent:
     """DrQ-Rainbow with the paper's interventions: networks, optimizer, acting and Algorithm 1's update.
 
@@ -537,9 +544,7 @@ class Agent:
         applied = grad_norm.isfinite()
         self.optimizer.found_inf.copy_(~applied)
         self.optimizer.step()
-        with torch.no_grad():
-            for w_target, w in zip(target.parameters(), self.parameters, strict=True):
-                w_target.lerp_(w, (1 - args.target_ema) * applied)
+        move_target(target, online, (1 - args.target_ema) * applied)
         # Priorities come from the first pass. The floor keeps a perfectly fitted transition from vanishing for good.
         priorities = cross_entropy.detach().clamp(min=1e-8) ** args.per_alpha
         replay.update_priorities(batch.index, torch.where(applied, priorities, replay.priorities[batch.index]))

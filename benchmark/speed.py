@@ -1,0 +1,261 @@
+"""How long an update takes, what each part of it takes, and what a full run would take.
+
+    python benchmark/speed.py --device cpu
+
+Each part is timed inside real updates (CUDA: with device events), so the parts add up to the update; what no part
+covers is "other". Medians over the updates after a warm-up; nothing else should run on the machine. The floor is what
+the update's arithmetic and memory traffic would take at the speeds that this machine reaches in a plain matrix product
+and a plain copy, measured in the same run.
+
+A script adds itself with a function like atari() and an entry in SCRIPTS.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import plastic_drq_rainbow_atari as atari_script
+
+
+@dataclass
+class Args:
+    """Time the scripts' updates by part."""
+
+    device: Literal["cpu", "cuda"] = "cpu"  # where to run
+    quick: bool = False  # few updates: does it work, not how fast is it
+    json: Path | None = None  # write the figures to this file too
+
+
+@dataclass
+class Subject:
+    """One method of one script, ready to run."""
+
+    update: Callable[[], object]  # one gradient update
+    act: Callable[[], int]  # the choice of one action, host sync included
+    env_step: Callable[[], object]  # one interaction, stored
+    parameters: int
+    env_steps: int  # of a full run
+    updates: int  # of a full run
+    parts: dict[str, tuple[object, str]]  # label -> (owner, name) of the function whose calls it covers
+    spans: dict[str, tuple[tuple[object, str], tuple[object, str]]] = field(default_factory=dict)  # from one to another
+
+
+def atari(device: str) -> dict[str, Callable[[], Subject]]:
+    """plastic_drq_rainbow_atari.py: base, PLASTIC† and PLASTIC at replay ratio 2 on a buffer of 20,000 transitions."""
+    base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
+    methods = {"base": base, "PLASTIC†": dict(crelu=False, sam_rho=0.0), "PLASTIC": {}}
+
+    def prepare(flags: dict) -> Subject:
+        script = atari_script
+        args = script.resolve(script.Args(device=device, **flags))
+        generator = torch.Generator(device).manual_seed(0)
+        envs = script.make_envs(args.env_id, 1, 0)
+        rng, num_actions = np.random.default_rng(0), int(envs.action_space.n)
+        num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
+        agent = script.Agent(num_actions, num_updates, args, generator)
+        replay = script.ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device(device))
+        frames, _ = envs.reset()
+        replay.start(frames[0, 0])
+
+        def env_step():
+            frames, rewards, terminated, truncated, _ = envs.step(rng.integers(num_actions, size=1).astype(np.int32))
+            if over := bool(terminated[0] or truncated[0]):
+                frames, _ = envs.reset()
+            replay.add(0, float(np.sign(rewards[0])), over, frames[0, 0])
+
+        for _ in range(20_000):
+            env_step()
+        return Subject(
+            update=lambda: agent.update(replay),
+            act=lambda: int(agent.act(replay.newest())),
+            env_step=env_step,
+            parameters=sum(w.numel() for w in agent.parameters),
+            env_steps=args.total_timesteps,
+            updates=num_updates,
+            parts={
+                "sample": (script.ReplayBuffer, "sample"),
+                "augment": (script, "augment"),
+                "noise": (script.QNetwork, "sample_noise"),
+                "td_target": (script.Agent, "td_target"),
+                "forward": (script.QNetwork, "forward"),
+                "backward": (torch.Tensor, "backward"),
+                "clip": (torch.nn.utils, "clip_grad_norm_"),
+                "optimizer": (torch.optim.Adam, "step"),
+                "ema": (script, "move_target"),
+                "priorities": (script.ReplayBuffer, "update_priorities"),
+            },
+            spans={"sam": ((script, "sam_perturb"), (script, "sam_restore"))},
+        )
+
+    return {name: lambda flags=flags: prepare(flags) for name, flags in methods.items()}
+
+
+SCRIPTS = {"plastic_drq_rainbow_atari.py": atari}
+
+
+class Clock:
+    """Milliseconds by label. Of nested labels the outer one counts. CUDA events on CUDA, the host's clock else."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.open, self.marks = device, None, []
+
+    def now(self):
+        if self.device == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self, label: str) -> None:
+        if self.open is None:
+            self.open = (label, self.now())
+
+    def stop(self, label: str) -> None:
+        if self.open is not None and self.open[0] == label:
+            self.marks.append((*self.open, self.now()))
+            self.open = None
+
+    def collect(self) -> dict[str, float]:
+        """Sum by label since the last call."""
+        totals: dict[str, float] = {}
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        for label, start, end in self.marks:
+            elapsed = 1e3 * (end - start) if self.device == "cpu" else start.elapsed_time(end)
+            totals[label] = totals.get(label, 0.0) + elapsed
+        self.marks = []
+        return totals
+
+
+@contextmanager
+def instrumented(subject: Subject, clock: Clock):
+    """Let the clock see every call of the subject's parts and spans."""
+
+    def wrap(function: Callable, first: str | None, last: str | None) -> Callable:
+        def wrapped(*args, **kwargs):
+            if first:
+                clock.start(first)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if last:
+                    clock.stop(last)
+
+        return wrapped
+
+    wraps = [(target, label, label) for label, target in subject.parts.items()]
+    for label, (begin, end) in subject.spans.items():
+        wraps += [(begin, label, None), (end, None, label)]
+    patches = [mock.patch.object(*target, wrap(getattr(*target), first, last)) for target, first, last in wraps]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def median_ms(function: Callable[[], object], repeats: int, device: str) -> float:
+    """Median wall-clock of one call, the device's work included."""
+    times = []
+    for i in range(repeats + repeats // 5 + 1):
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i > repeats // 5:
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def floor_ms(subject: Subject, device: str) -> float:
+    """Arithmetic at the speed of a matrix product plus ten passes over the parameters at the speed of a copy.
+
+    Ten: weights read forward and backward, gradient written and read, two moments, weights and target read and written.
+    """
+    a, b = torch.randn(1024, 1024, device=device), torch.randn(1024, 1024, device=device)
+    flops_per_ms = 2 * 1024**3 / median_ms(lambda: a @ b, 20, device)
+    source = torch.zeros(64 * 2**20, dtype=torch.uint8, device=device)
+    copy = torch.zeros_like(source)
+    bytes_per_ms = 2 * source.numel() / median_ms(lambda: copy.copy_(source), 20, device)
+    with FlopCounterMode(display=False) as counter:
+        subject.update()
+    return counter.get_total_flops() / flops_per_ms + 10 * 4 * subject.parameters / bytes_per_ms
+
+
+def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | dict[str, float]]:
+    """All figures of one subject."""
+    update_ms = median_ms(subject.update, repeats, device)
+    clock, samples = Clock(device), []
+    with instrumented(subject, clock):
+        for i in range(repeats + 3):
+            clock_total = Clock(device)
+            clock_total.start("update")
+            subject.update()
+            clock_total.stop("update")
+            parts = clock.collect()
+            parts["other"] = clock_total.collect()["update"] - sum(parts.values())
+            if i >= 3:
+                samples.append(parts)
+    parts = {label: statistics.median(sample.get(label, 0.0) for sample in samples) for label in samples[0]}
+    act_ms, env_ms = median_ms(subject.act, repeats, device), median_ms(subject.env_step, 10 * repeats, device)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    hours = (subject.env_steps * (act_ms + env_ms) + subject.updates * update_ms) / 3.6e6
+    return {
+        "update_ms": update_ms,
+        "updates_per_second": 1e3 / update_ms,
+        "floor_ms": floor_ms(subject, device),
+        "act_ms": act_ms,
+        "env_step_ms": env_ms,
+        "env_steps_per_second": 1e3 / env_ms,
+        "full_run_hours_without_evaluation": hours,
+        "peak_memory_gib": peak,
+        "parts_ms": dict(sorted(parts.items(), key=lambda item: -item[1])),
+    }
+
+
+def main(args: Args) -> None:
+    """Print a table per script, and write the figures where --json says."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        atari_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
+    threads = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else threads
+    figures = {
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "quick": args.quick,
+    }
+    for script, methods in SCRIPTS.items():
+        figures[script] = {}
+        for name, prepare in methods(args.device).items():
+            figures[script][name] = result = measure(prepare(), args.device, 5 if args.quick else 100)
+            shares = {label: f"{ms:.2f} ({ms / result['update_ms']:.0%})" for label, ms in result["parts_ms"].items()}
+            print(f"{script} {name} on {hardware}")
+            print("  " + ", ".join(f"{k} {v:.2f}" for k, v in result.items() if k != "parts_ms"))
+            print("  ms by part: " + ", ".join(f"{label} {share}" for label, share in shares.items()), flush=True)
+    if args.json is not None:
+        atari_script.write_atomically(args.json, lambda file: file.write(json.dumps(figures, indent=2).encode()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

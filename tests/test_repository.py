@@ -1,0 +1,91 @@
+"""The repository around the scripts: pins, headers, README."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+README = (ROOT / "README.md").read_text()
+INSTALL = "pip install -r requirements.txt"
+COMMANDS = (
+    f"{INSTALL} && python plastic_drq_rainbow_atari.py --env-id Alien --sam-rho 0.1 --replay-ratio 4",
+    f"{INSTALL} && python -m pytest",
+)
+
+
+def pins(lines):
+    """{package: version} of requirement lines."""
+    stripped = [line.split("#")[0].strip() for line in lines]
+    return dict(line.split("==") for line in stripped if line)
+
+
+def header(script):
+    """The script's PEP 723 block, parsed by the standard's own regular expression."""
+    pattern = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (match,) = [m for m in re.finditer(pattern, script.read_text()) if m["type"] == "script"]
+    lines = match["content"].splitlines(keepends=True)
+    return tomllib.loads("".join(line.removeprefix("#").removeprefix(" ") for line in lines))
+
+
+def test_there_are_scripts():
+    assert "plastic_drq_rainbow_atari.py" in [script.name for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_header_pins_are_those_of_requirements_txt(script):
+    requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
+    block = header(script)
+    assert block["requires-python"] == ">=3.11"
+    own = pins(block["dependencies"])
+    assert own == {package: requirements[package] for package in own}
+
+
+PACKAGE_OF_MODULE = {"PIL": "pillow"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_header_names_what_the_script_imports(script):
+    tree = ast.parse(script.read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    packages = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"wandb"}
+    packages = {PACKAGE_OF_MODULE.get(package, package) for package in packages}
+    # Needed, though not imported by name: EnvPool's Gymnasium API, torch.utils.tensorboard.
+    assert packages | {"gymnasium", "tensorboard"} == set(pins(header(script)["dependencies"]))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_has_the_two_commands(command):
+    assert f"\n{command}\n" in README
+
+
+def test_readme_names_only_flags_that_exist():
+    import plastic_drq_rainbow_atari as atari
+
+    fields = {"--" + name.replace("_", "-") for name in atari.Args.__dataclass_fields__}
+    fields |= {flag.replace("--", "--no-", 1) for flag in fields}
+    elsewhere = {"--help", "--logdir"}  # of tyro and of TensorBoard
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert flags - elsewhere <= fields
+    interventions = {"--layer-norm", "--crelu", "--sam-rho", "--reset-interval", "--shrink-perturb-alpha"}
+    assert interventions <= flags
+
+
+def test_readme_names_only_functions_that_exist():
+    """The map from the paper to the code."""
+    section = README.split("## From the paper to the code")[1].split("\n## ")[0]
+    names = re.findall(r"`([A-Za-z_.]+)(?:\(\))?`", section)
+    source = ast.parse((ROOT / "plastic_drq_rainbow_atari.py").read_text())
+    defined = set()
+    for node in source.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            defined.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            defined |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+    assert len(names) > 10
+    assert set(names) <= defined
