@@ -55,7 +55,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FRAME_STACK = 4
-FINITE = sys.float_info.max
+GAMES = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
 MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
 
 
@@ -699,22 +699,23 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 # fmt: off
-RANGES = {  # of the flags, both ends included; FINITE is the largest number that is not infinite
-    "seed": (0, 200_000), "replay_ratio": (1, FINITE), "batch_size": (1, FINITE), "learning_rate": (0, FINITE),
-    "adam_eps": (0, FINITE), "max_grad_norm": (0, math.inf), "gamma": (0, 1), "n_step": (1, FINITE),
-    "n_atoms": (2, FINITE), "v_min": (-FINITE, FINITE), "v_max": (-FINITE, FINITE), "hidden_dim": (1, FINITE),
-    "noisy_std": (0, FINITE), "per_alpha": (0, FINITE), "per_beta": (0, 1), "target_ema": (0, 1), "aug_shift": (0, 83),
-    "aug_intensity": (0, FINITE), "sam_rho": (0, FINITE), "reset_interval": (0, FINITE),
-    "shrink_perturb_alpha": (0, 1), "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, FINITE),
-    "metrics_interval": (0, FINITE), "log_interval": (1, FINITE),
+MANY, FINITE = 10**9, sys.float_info.max  # upper ends of what has no other
+RANGES = {  # of the flags, both ends included
+    "seed": (0, 200_000), "total_timesteps": (1, MANY), "replay_ratio": (1, MANY), "batch_size": (1, MANY),
+    "learning_starts": (1, MANY), "learning_rate": (1e-30, FINITE), "adam_eps": (0, FINITE),
+    "max_grad_norm": (1e-30, math.inf), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, MANY),
+    "v_min": (-FINITE, FINITE), "v_max": (-FINITE, FINITE), "hidden_dim": (1, MANY), "noisy_std": (0, FINITE),
+    "buffer_size": (1, 10**15), "per_alpha": (0, FINITE), "per_beta": (0, 1), "target_ema": (0, 1),
+    "aug_shift": (0, 83), "aug_intensity": (0, FINITE), "sam_rho": (0, FINITE), "reset_interval": (0, MANY),
+    "shrink_perturb_alpha": (0, 1), "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, MANY),
+    "metrics_interval": (0, MANY), "log_interval": (1, MANY),
 }
 # fmt: on
 
 
 def resolve(args: Args) -> Args:
     """Fill in what is `auto`; end with one line at the first flag that makes no sense. Writes nothing."""
-    games = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
-    if args.env_id not in games:
+    if args.env_id not in GAMES:
         closest = max(RANDOM_HUMAN, key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio())
         fail(f"--env-id {args.env_id}: no such Atari game; the closest of the paper's 26 is {closest}", 2)
     if args.shrink_perturb_alpha == "auto":  # section 4.3: it costs a little at replay ratio 2 and pays above
@@ -722,12 +723,11 @@ def resolve(args: Args) -> Args:
         args = replace(args, shrink_perturb_alpha=0.6 if pays else 1.0)
     for name, (low, high) in RANGES.items():
         if not low <= getattr(args, name) <= high:  # false for nan too
-            end = f" to {high:,}" if high < FINITE else " up"
-            fail(f"--{name.replace('_', '-')} must be a number from {low:,}{end}, not {getattr(args, name)}", 2)
+            end = f"at most {high:,}" if high < FINITE else "finite"
+            wanted = f"at least {low:,} and {end}" if low > -FINITE else end
+            fail(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(args, name)}", 2)
     if not args.n_step <= args.learning_starts < args.total_timesteps:
         fail("--learning-starts must be at least --n-step and below --total-timesteps", 2)
-    if args.learning_rate == 0 or args.max_grad_norm == 0:
-        fail("--learning-rate and --max-grad-norm must be above 0", 2)
     if args.buffer_size <= args.n_step:
         fail("--buffer-size must be above --n-step", 2)
     if args.v_min >= args.v_max:
@@ -792,12 +792,8 @@ def train(args: Args) -> None:
     envs = make_envs(args.env_id, 1, args.seed)
     num_actions = int(envs.action_space.n)
     num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
-    try:
-        agent = Agent(num_actions, num_updates, args, generator)
-        replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
-    except (MemoryError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"the network and the replay buffer do not fit ({reason}): lower --buffer-size or --hidden-dim", 1)
+    agent = Agent(num_actions, num_updates, args, generator)
+    replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
     parameters = sum(w.numel() for w in agent.parameters)
 
     run_dir = prepare_run_dir(args)
@@ -897,6 +893,8 @@ def evaluate_saved(args: Args) -> None:
     try:
         model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         saved = Args(**model["args"])
+        if saved.env_id not in GAMES:
+            raise ValueError(saved.env_id)
         network = QNetwork(model["num_actions"], saved)
         network.load_state_dict(model["target"])
     except FileNotFoundError:
@@ -924,5 +922,9 @@ if __name__ == "__main__":
         train(args) if args.evaluate is None else evaluate_saved(args)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch's only sign of it on the CPU
+            raise
+        fail("out of memory; lower --buffer-size, --batch-size, --hidden-dim or --n-atoms", 1)
     except OSError as error:  # no permission, no space, no such directory
         fail(f"cannot write {error.filename or args.run_dir}: {error.strerror or error}; see --run-dir", 1)
