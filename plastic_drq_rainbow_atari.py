@@ -11,19 +11,21 @@
 #     "pillow==13.0.0",
 # ]
 # ///
-"""PLASTIC on DrQ-Rainbow for Atari-100k, in one file.
+r"""PLASTIC on DrQ-Rainbow for Atari-100k, in one file.
 
 Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning" (NeurIPS 2023),
 sections 4.2 and 4.3, appendices A.3 and B.2 (Algorithm 1, Table 5).
 
-    python plastic_drq_rainbow_atari.py --env-id Alien                            # PLASTIC at replay ratio 2
-    python plastic_drq_rainbow_atari.py --env-id Alien --no-crelu --sam-rho 0     # PLASTIC†: LayerNorm and resets
-    python plastic_drq_rainbow_atari.py --env-id Alien --no-crelu --sam-rho 0 --no-layer-norm --reset-interval 0  # base
+    python plastic_drq_rainbow_atari.py --env-id Alien                                               # PLASTIC
+    python plastic_drq_rainbow_atari.py --env-id Alien --exp-name dagger --no-crelu --sam-rho 0      # PLASTIC†
+    python plastic_drq_rainbow_atari.py --env-id Alien --exp-name base --no-crelu --sam-rho 0 --no-layer-norm \
+        --reset-interval 0                                                                           # base
 
 Where it departs from the paper's text (README.md compares the paper, the authors' release and this file):
 - Adam's epsilon is 1.5e-4; the paper's 0.000015 is a digit slip.                              --adam-eps
 - LayerNorm in the backbone only, as the main text says; appendix A.3 adds the FC layers.      --layer-norm-scope
 - CReLU in the head only: the one reading that gives the paper's 7.2M parameters.              --crelu-scope
+- Shrink & Perturb is off below replay ratio 4, where section 4.3 finds that it hurts.       --shrink-perturb-alpha
 - Algorithm 1 shows an epsilon-greedy DQN for brevity; acting is by the noisy target network, as Table 5 says.
 """
 
@@ -101,7 +103,8 @@ class Args:
     crelu_scope: Literal["head", "all"] = "head"  # all = the backbone's layers too
     sam_rho: float = 0.1  # radius of the SAM perturbation (0 = off)
     sam_scope: Literal["all", "backbone", "head"] = "all"  # parameters that SAM perturbs
-    sam_noise: Literal["independent", "reused", "none"] = "independent"  # in pass two; none = pass one without noise
+    # noise in SAM's second pass: fresh, or reused from the first; none = a first pass without noise
+    sam_noise: Literal["independent", "reused", "none"] = "independent"
     reset_interval: int = 40_000  # gradient updates between resets of the head (0 = off)
     # share of the backbone's weights kept at a reset (1 = off; auto = off below replay ratio 4, else 0.6)
     shrink_perturb_alpha: Literal["auto"] | float = "auto"
@@ -114,7 +117,7 @@ class Args:
     log_interval: int = 500  # interactions between logged losses
     capture_video: bool = False  # save the first game of the last evaluation as a GIF
     save_model: bool = False  # save the target network at the end
-    evaluate: Path | None = None  # a saved model: evaluate it, train nothing, write no result
+    evaluate: Path | None = None  # a saved model: play its game with its seed, train nothing
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "plastic"  # project at Weights & Biases
     wandb_entity: str | None = None  # team at Weights & Biases
@@ -323,17 +326,19 @@ class ReplayBuffer:
         self.frames[self.cursor].copy_(torch.from_numpy(next_frame))
         # An end completes the windows of all transitions before it; else the one n steps back now has its next_obs.
         self.pending += 1
-        complete = self.pending if end else max(self.pending - self.n_step + 1, 0)
+        num_complete = self.pending if end else max(self.pending - self.n_step + 1, 0)
         first = slot - self.pending + 1
-        slots = torch.arange(first, first + complete, device=self.priorities.device) % self.slots
+        slots = torch.arange(first, first + num_complete, device=self.priorities.device) % self.slots
         self.priorities[slots] = self.max_priority
-        self.pending -= complete
-        self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0  # its stack is being overwritten
+        self.pending -= num_complete
+        # The oldest transition goes: the next frame will overwrite the first of its stack.
+        self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
         """Frames up to slots `index` [B], oldest first, zeros before the current life: uint8 [B, 4, 84, 84]."""
         slots = (index[:, None] + self.history) % self.slots
-        alive = (~self.ends[slots[:, :-1]]).to(torch.uint8).flip(1).cumprod(1, dtype=torch.uint8).flip(1)
+        # 1 where nothing ended between a frame and the newest one.
+        alive = (~self.ends[slots[:, :-1]]).flip(1).cumprod(1, dtype=torch.uint8).flip(1)
         frames = self.frames[slots]
         frames[:, :-1] *= alive[:, :, None, None]
         return frames
@@ -346,7 +351,7 @@ class ReplayBuffer:
         """The transitions that begin at slots `index` [B]."""
         window = (index[:, None] + self.window) % self.slots
         alive = (~self.ends[window]).float().cumprod(1)  # [B, n]: 1 while nothing has ended, this step included
-        reached = torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1)
+        reached = torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1)  # 1 for the steps that happened
         n_step_return = (self.rewards[window] * reached * self.gammas[:-1]).sum(1)
         next_obs = self.stack((index + self.n_step) % self.slots)
         return Batch(
@@ -497,8 +502,10 @@ class Agent:
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.parameters = list(self.online.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=args.adam_eps, fused=True)
-        # Fused Adam leaves weights, moments and step alone where this is 1, and needs no host sync to know it.
+        # The hook of PyTorch's GradScaler: where this is 1, fused Adam leaves weights, moments and step alone, and
+        # no host sync is needed to know it.
         self.optimizer.found_inf = torch.zeros((), device=device)
+        self.noisy_first_pass = args.sam_rho == 0 or args.sam_noise != "none"
         scope = self.online if args.sam_scope == "all" else getattr(self.online, args.sam_scope)
         self.sam_parameters = list(scope.parameters())
         self.sam_backup = [torch.empty_like(w) for w in self.sam_parameters] if args.sam_rho > 0 else []
@@ -528,7 +535,7 @@ class Agent:
         td_target = self.td_target(batch, next_images)
 
         self.optimizer.zero_grad()
-        log_probs = online(images, noisy=args.sam_rho == 0 or args.sam_noise != "none")
+        log_probs = online(images, noisy=self.noisy_first_pass)
         cross_entropy = td_error(log_probs, batch.action, td_target)
         loss = (weights * cross_entropy).mean()
         loss.backward()
@@ -545,13 +552,17 @@ class Agent:
         self.optimizer.found_inf.copy_(~applied)
         self.optimizer.step()
         move_target(target, online, (1 - args.target_ema) * applied)
-        # Priorities come from the first pass. The floor keeps a perfectly fitted transition from vanishing for good.
-        priorities = cross_entropy.detach().clamp(min=1e-8) ** args.per_alpha
+        # Priorities come from the first pass. The floor: 0 would mark a perfectly fitted transition as unsampleable.
+        priorities = (cross_entropy.detach() ** args.per_alpha).clamp(min=1e-8)
         replay.update_priorities(batch.index, torch.where(applied, priorities, replay.priorities[batch.index]))
-        updates, skipped, in_a_row, longest = self.counts
-        in_a_row = (in_a_row + 1) * ~applied
-        self.counts.copy_(torch.stack([updates + 1, skipped + ~applied, in_a_row, torch.maximum(longest, in_a_row)]))
+        self.count(skipped=~applied)
         return torch.stack([loss.detach(), online.q_values(log_probs.detach()).mean(), grad_norm])
+
+    def count(self, skipped: Tensor) -> None:
+        """Count one update."""
+        updates, skips, in_a_row, longest = self.counts
+        in_a_row = (in_a_row + 1) * skipped
+        self.counts.copy_(torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)]))
 
     def reset(self) -> None:
         """Reset the head, and shrink and perturb the backbone where that is on."""
@@ -589,9 +600,9 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
             explore = rng.random(len(playing)) < args.eval_epsilon
             actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
             frames, rewards, terminated, truncated, info = envs.step(actions, playing)
-            playing = info["env_id"]
+            playing = info["env_id"]  # in the order of the answers
             returns[playing] += rewards
-            lost_life = info["lives"] < lives[playing]
+            lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
             lives[playing] = info["lives"]
             index = torch.from_numpy(playing).to(device)
             history = stacks[index, 1:] * torch.from_numpy(~lost_life).to(device)[:, None, None, None]
@@ -604,7 +615,10 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
 
 @torch.no_grad()
 def active_units(network: QNetwork, images: Tensor) -> dict[str, float]:
-    """Share of activations above 0 (Fig. 4), without noise: of each layer, and of the whole backbone and head."""
+    """Share of activations above 0 (Fig. 4), without noise: of each layer, and of the whole backbone and head.
+
+    Of CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
+    """
     counts: dict[str, tuple[int, int]] = {}
 
     def count(name: str):
@@ -645,6 +659,8 @@ def max_eigenvalue(
         tridiagonal[k, k] = float(product @ vector)
         product -= tridiagonal[k, k] * vector
         beta = float(product.norm())
+        if not math.isfinite(beta):
+            return math.nan
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
         if beta * abs(ritz_vectors[-1, -1]) <= tolerance * abs(ritz_values[-1]):
             break
@@ -705,7 +721,7 @@ RANGES = {  # of the flags, both ends included
     "learning_starts": (1, MANY), "learning_rate": (1e-30, FINITE), "adam_eps": (0, FINITE),
     "max_grad_norm": (1e-30, math.inf), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, MANY),
     "v_min": (-FINITE, FINITE), "v_max": (-FINITE, FINITE), "hidden_dim": (1, MANY), "noisy_std": (0, FINITE),
-    "buffer_size": (1, 10**15), "per_alpha": (0, FINITE), "per_beta": (0, 1), "target_ema": (0, 1),
+    "buffer_size": (1, MANY), "per_alpha": (0, FINITE), "per_beta": (0, 1), "target_ema": (0, 1),
     "aug_shift": (0, 83), "aug_intensity": (0, FINITE), "sam_rho": (0, FINITE), "reset_interval": (0, MANY),
     "shrink_perturb_alpha": (0, 1), "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, MANY),
     "metrics_interval": (0, MANY), "log_interval": (1, MANY),
@@ -801,13 +817,13 @@ def train(args: Args) -> None:
     if args.track:
         import wandb
 
-        project, entity = args.wandb_project_name, args.wandb_entity
-        wandb.init(project=project, entity=entity, name=run_dir.name, config=flags, sync_tensorboard=True)
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        wandb.init(**names, config=flags, sync_tensorboard=True)
     writer = SummaryWriter(str(run_dir))
     writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
     print(f"{run_dir}: {parameters:,} parameters, {num_updates:,} updates, on {device_name}")
 
-    start_time, evaluation_time = time.perf_counter(), 0.0
+    start_time, measuring_time = time.perf_counter(), 0.0  # evaluations and metrics do not count as training
     updates = resets = 0
     frames, info = envs.reset()
     replay.start(frames[0, 0])
@@ -817,9 +833,9 @@ def train(args: Args) -> None:
         if step <= args.learning_starts:
             action = int(rng.integers(num_actions))
         else:
-            action = int(agent.act(replay.newest()))  # the step's one host sync
+            action = int(agent.act(replay.newest()))  # waits for the device
         frames, rewards, terminated, truncated, info = envs.step(np.array([action], dtype=np.int32))
-        lost_life = info["lives"][0] < lives
+        lost_life = 0 < info["lives"][0] < lives  # some games are played on with none left
         episode_over = terminated[0] or truncated[0]
         episode_return += float(rewards[0])
         episode_length += 1
@@ -834,7 +850,7 @@ def train(args: Args) -> None:
 
         if step >= args.learning_starts:
             for _ in range(args.replay_ratio):
-                losses = agent.update(replay)
+                statistics = agent.update(replay)
                 updates += 1
                 if args.reset_interval > 0 and updates % args.reset_interval == 0 and step < args.total_timesteps:
                     agent.reset()
@@ -845,25 +861,27 @@ def train(args: Args) -> None:
                     progress.close()
                     writer.close()
                     fail(f"stopped at step {step}: {longest_row} updates in a row had a non-finite gradient", 1)
-                for name, value in zip(("td_loss", "q_values", "gradient_norm"), losses.tolist(), strict=True):
+                for name, value in zip(("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True):
                     writer.add_scalar(f"losses/{name}", value, step)
                 writer.add_scalar("losses/skipped_updates", skipped, step)
                 writer.add_scalar("charts/resets", resets, step)
-                writer.add_scalar("charts/SPS", step / (time.perf_counter() - start_time - evaluation_time), step)
+                writer.add_scalar("charts/SPS", step / (time.perf_counter() - start_time - measuring_time), step)
             if args.metrics_interval > 0 and step % args.metrics_interval == 0:
+                measuring_start = time.perf_counter()
                 for name, value in plasticity_metrics(agent, replay, metrics_generator).items():
                     writer.add_scalar(f"plasticity/{name}", value, step)
+                measuring_time += time.perf_counter() - measuring_start
 
         if step == args.total_timesteps or (args.eval_interval > 0 and step % args.eval_interval == 0):
-            evaluation_start = time.perf_counter()
-            video = [] if args.capture_video else None
+            measuring_start = time.perf_counter()
+            video = [] if args.capture_video and step == args.total_timesteps else None
             returns = evaluate(agent.target, args.env_id, args, video)
             mean_return = float(np.mean(returns))
             score = human_normalized_score(args.env_id, mean_return)
             writer.add_scalar("eval/mean_return", mean_return, step)
             if score is not None:
                 writer.add_scalar("eval/human_normalized_score", score, step)
-            evaluation_time += time.perf_counter() - evaluation_start
+            measuring_time += time.perf_counter() - measuring_start
     writer.close()
 
     wall_clock = time.perf_counter() - start_time
@@ -872,7 +890,7 @@ def train(args: Args) -> None:
     if args.save_model:
         model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
         write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
-    training_time = wall_clock - evaluation_time
+    training_time = wall_clock - measuring_time
     versions = {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__}
     # fmt: off
     result = {
@@ -889,10 +907,10 @@ def train(args: Args) -> None:
 
 
 def evaluate_saved(args: Args) -> None:
-    """Evaluate the model at --evaluate: its game and its network, with this command's evaluation flags."""
+    """Play the model at --evaluate: its game, network and seed; --eval-episodes, --eval-epsilon, --device are ours."""
     try:
         model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        saved = Args(**model["args"])
+        saved = replace(Args(**model["args"]), eval_episodes=args.eval_episodes, eval_epsilon=args.eval_epsilon)
         if saved.env_id not in GAMES:
             raise ValueError(saved.env_id)
         network = QNetwork(model["num_actions"], saved)
@@ -902,7 +920,7 @@ def evaluate_saved(args: Args) -> None:
     except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError):
         fail(f"--evaluate {args.evaluate}: not a model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
-    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, args, video)
+    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)
     print(summary(saved.env_id, returns))
     if args.capture_video:
         write_atomically(args.evaluate.with_suffix(".gif"), lambda file: save_gif(file, video))
@@ -923,8 +941,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch's only sign of it on the CPU
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not memory:
             raise
         fail("out of memory; lower --buffer-size, --batch-size, --hidden-dim or --n-atoms", 1)
     except OSError as error:  # no permission, no space, no such directory
-        fail(f"cannot write {error.filename or args.run_dir}: {error.strerror or error}; see --run-dir", 1)
+        fail(f"cannot write {error.filename or args.run_dir}: {error.strerror or error}", 1)

@@ -216,8 +216,14 @@ def run_on(monkeypatch, tmp_path, envs, total_timesteps, update=None, **flags):
     return kept, json.loads(path.read_text())
 
 
-# Two lives, then game over; a time limit with a life left; a lost life and a reward in one step.
-GAMES = [[(1, 2), (5, 2), (0, 1), (-3, 1), (0, 0)], [(0, 2), (2, 2)], [(7, 1), (0, 1), (0, 0)]] * 20
+# Two lives, then game over; a time limit with a life left; a lost life and a reward in one step; a game that is played
+# on with no life left (as BankHeist is).
+GAMES = [
+    [(1, 2), (5, 2), (0, 1), (-3, 1), (0, 0)],
+    [(0, 2), (2, 2)],
+    [(7, 1), (0, 1), (0, 0)],
+    [(1, 1), (0, 0), (2, 0), (0, 0)],
+] * 20
 
 
 def test_stored_transitions_are_the_environments_and_autoreset_steps_are_not_among_them(monkeypatch, tmp_path):
@@ -237,7 +243,7 @@ def test_stored_transitions_are_the_environments_and_autoreset_steps_are_not_amo
         np.testing.assert_array_equal(replay.frames[slot], newest)
         assert replay.actions[slot] == actions[0]
         assert replay.rewards[slot] == np.sign(rewards[0])
-        assert bool(replay.ends[slot]) == bool(terminated[0] or truncated[0] or lives_after[0] < lives)
+        assert bool(replay.ends[slot]) == bool(terminated[0] or truncated[0] or 0 < lives_after[0] < lives)
         newest, lives, slot = frames[0, 0], lives_after[0], slot + 1
     assert slot == 150 == replay.cursor
     assert {0, 1} == set(replay.ends[:150].int().tolist())
@@ -251,8 +257,8 @@ def test_logged_returns_are_unclipped_and_whole_episodes(monkeypatch, tmp_path):
     events.Reload()
     returns = [(e.step, e.value) for e in events.Scalars("charts/episodic_return")]
     lengths = [(e.step, e.value) for e in events.Scalars("charts/episodic_length")]
-    assert returns == [(5, 3.0), (7, 2.0), (10, 7.0), (15, 3.0), (17, 2.0), (20, 7.0)]
-    assert lengths == [(5, 5.0), (7, 2.0), (10, 3.0), (15, 5.0), (17, 2.0), (20, 3.0)]
+    assert returns == [(5, 3.0), (7, 2.0), (10, 7.0), (14, 3.0), (19, 3.0), (21, 2.0)]
+    assert lengths == [(5, 5.0), (7, 2.0), (10, 3.0), (14, 4.0), (19, 5.0), (21, 2.0)]
 
 
 @pytest.mark.parametrize("replay_ratio, resets", [(2, 4), (4, 9), (8, 19)])
@@ -344,7 +350,7 @@ def test_evaluation_plays_exactly_one_full_game_per_environment(monkeypatch):
 
 
 def test_evaluation_stacks_four_frames_and_zeroes_them_after_a_lost_life(monkeypatch):
-    game = [(0, 2)] * 5 + [(0, 1)] + [(0, 1)] * 4 + [(0, 0)]
+    game = [(0, 2)] * 5 + [(0, 1)] + [(0, 1)] * 4 + [(0, 0)] * 3  # played on for two steps with no life left
     envs, network = ScriptedEnvs([[game]]), ScriptedNetwork()
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     video = []
@@ -400,7 +406,7 @@ def test_evaluation_on_real_games_equals_playing_them_one_by_one():
                 action = int(network.q_values(network(images, noisy=False)).argmax())
             frames, rewards, terminated, truncated, info = envs.step(np.array([action], np.int32))
             total += float(rewards[0])
-            stack = [*stack[-3:], frames[0, 0]] if info["lives"][0] >= lives else [frames[0, 0]]
+            stack = [frames[0, 0]] if 0 < info["lives"][0] < lives else [*stack[-3:], frames[0, 0]]
             lives, over = info["lives"][0], terminated[0] or truncated[0]
         one_by_one.append(total)
     assert returns == one_by_one

@@ -504,6 +504,11 @@ def test_metrics_are_of_the_unscaled_noiseless_training_loss():
     assert not any(m._forward_hooks for m in agent.online.modules())
 
 
+def test_max_eigenvalue_of_a_non_finite_loss_is_nan():
+    w = nn.Parameter(torch.ones(3))
+    assert math.isnan(atari.max_eigenvalue((w**2).sum() * math.nan, [w], torch.Generator()))
+
+
 class HandMade(nn.Module):
     """Known activations: backbone 3 of 4 units above 0; head 1 of 2, with CReLU 2 of 4."""
 
