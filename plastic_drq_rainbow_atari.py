@@ -1,14 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0",
-#     "numpy==2.4.6",
-#     "envpool==1.2.5",
-#     "gymnasium==1.4.0",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "pillow==13.0.0",
+#     "torch==2.13.0", "numpy==2.4.6", "envpool==1.2.5", "gymnasium==1.4.0",
+#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0",
 # ]
 # ///
 r"""PLASTIC on DrQ-Rainbow for Atari-100k, in one file.
@@ -31,7 +25,7 @@ Where it departs from the paper's text (README.md compares the paper, the author
 
 import copy
 import difflib
-import importlib.util
+import io
 import json
 import math
 import os
@@ -40,10 +34,10 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import envpool
 import numpy as np
@@ -715,16 +709,16 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 # fmt: off
-MANY, FINITE = 10**9, sys.float_info.max  # upper ends of what has no other
+MANY = 10**9  # upper end of what has no other
 RANGES = {  # of the flags, both ends included
-    "seed": (0, 200_000), "total_timesteps": (1, MANY), "replay_ratio": (1, MANY), "batch_size": (1, MANY),
-    "learning_starts": (1, MANY), "learning_rate": (1e-30, FINITE), "adam_eps": (0, FINITE),
-    "max_grad_norm": (1e-30, math.inf), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, MANY),
-    "v_min": (-FINITE, FINITE), "v_max": (-FINITE, FINITE), "hidden_dim": (1, MANY), "noisy_std": (0, FINITE),
-    "buffer_size": (1, MANY), "per_alpha": (0, FINITE), "per_beta": (0, 1), "target_ema": (0, 1),
-    "aug_shift": (0, 83), "aug_intensity": (0, FINITE), "sam_rho": (0, FINITE), "reset_interval": (0, MANY),
-    "shrink_perturb_alpha": (0, 1), "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, MANY),
-    "metrics_interval": (0, MANY), "log_interval": (1, MANY),
+    "seed": (0, 200_000), "total_timesteps": (1, MANY), "replay_ratio": (1, MANY), "batch_size": (1, 65_536),
+    "learning_starts": (1, MANY), "learning_rate": (1e-12, MANY), "adam_eps": (1e-12, MANY),
+    "max_grad_norm": (1e-12, math.inf), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, MANY),
+    "v_min": (-MANY, MANY), "v_max": (-MANY, MANY), "hidden_dim": (1, MANY), "noisy_std": (0, MANY),
+    "buffer_size": (1, MANY), "per_alpha": (0, 2), "per_beta": (0, 1), "target_ema": (0, 1), "aug_shift": (0, 83),
+    "aug_intensity": (0, MANY), "sam_rho": (0, MANY), "reset_interval": (0, MANY), "shrink_perturb_alpha": (0, 1),
+    "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, MANY), "metrics_interval": (0, MANY),
+    "log_interval": (1, MANY),
 }
 # fmt: on
 
@@ -733,15 +727,13 @@ def resolve(args: Args) -> Args:
     """Fill in what is `auto`; end with one line at the first flag that makes no sense. Writes nothing."""
     if args.env_id not in GAMES:
         closest = max(RANDOM_HUMAN, key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio())
-        fail(f"--env-id {args.env_id}: no such Atari game; the closest of the paper's 26 is {closest}", 2)
+        fail(f"--env-id {args.env_id!r}: no such Atari game; the closest of the paper's 26 is {closest}", 2)
     if args.shrink_perturb_alpha == "auto":  # section 4.3: it costs a little at replay ratio 2 and pays above
         pays = args.replay_ratio >= 4 and args.reset_interval > 0
         args = replace(args, shrink_perturb_alpha=0.6 if pays else 1.0)
     for name, (low, high) in RANGES.items():
         if not low <= getattr(args, name) <= high:  # false for nan too
-            end = f"at most {high:,}" if high < FINITE else "finite"
-            wanted = f"at least {low:,} and {end}" if low > -FINITE else end
-            fail(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(args, name)}", 2)
+            fail(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {getattr(args, name)}", 2)
     if not args.n_step <= args.learning_starts < args.total_timesteps:
         fail("--learning-starts must be at least --n-step and below --total-timesteps", 2)
     if args.buffer_size <= args.n_step:
@@ -750,12 +742,12 @@ def resolve(args: Args) -> Args:
         fail("--v-min must be below --v-max", 2)
     if args.shrink_perturb_alpha < 1 and args.reset_interval == 0:
         fail("--shrink-perturb-alpha acts at resets: it needs a --reset-interval above 0", 2)
-    if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name:
-        fail(f"--exp-name {args.exp_name}: must be a plain file name", 2)
+    if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
+        fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb", 1)
+    if args.evaluate is None and (run_directory(args) / "result.json").exists() and not args.overwrite:
+        fail(f"{run_directory(args)} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
     if args.device == "auto":
         args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     return args
@@ -770,31 +762,32 @@ def git_commit() -> str | None:
         return None
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call write(file) on a temporary neighbour of `path` and put it in place once it is on disk."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a temporary neighbour of `path` and put it in place once it is on disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
-def prepare_run_dir(args: Args) -> Path:
-    """Make the run's directory, clear of what an unfinished or overwritten run left in it."""
-    path = args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    if (path / "result.json").exists() and not args.overwrite:
-        fail(f"{path} holds a finished run; change --exp-name or --seed, or pass --overwrite to replace it", 1)
-    path.mkdir(parents=True, exist_ok=True)
-    for leftover in (path / "result.json", path / "model.pth", path / "video.gif", *path.glob("events.out.tfevents.*")):
-        leftover.unlink(missing_ok=True)
-    return path
+def run_directory(args: Args) -> Path:
+    """Where a run's files go."""
+    return args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
 
 
-def save_gif(file: BinaryIO, frames: list[np.ndarray]) -> None:
+def to_gif(frames: list[np.ndarray]) -> bytes:
     """Frames, uint8 [84, 84], as a GIF in about the game's own pace (4 frames in 1/15 s)."""
+    buffer = io.BytesIO()
     first, *others = [Image.fromarray(frame) for frame in frames]
-    first.save(file, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
+    first.save(buffer, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
+    return buffer.getvalue()
 
 
 def train(args: Args) -> None:
@@ -812,13 +805,19 @@ def train(args: Args) -> None:
     replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
     parameters = sum(w.numel() for w in agent.parameters)
 
-    run_dir = prepare_run_dir(args)
     flags = json.loads(json.dumps(asdict(args), default=str))
+    run_dir = run_directory(args)
     if args.track:
-        import wandb
-
+        try:
+            from wandb import init
+        except ImportError:
+            fail("--track needs Weights & Biases: pip install wandb", 1)
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-        wandb.init(**names, config=flags, sync_tensorboard=True)
+        init(**names, config=flags, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for pattern in ("*.tmp", "events.out.tfevents.*", "video.gif", "model.pth", "result.json"):
+        for leftover in run_dir.glob(pattern):  # of an unfinished or overwritten run
+            leftover.unlink()
     writer = SummaryWriter(str(run_dir))
     writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
     print(f"{run_dir}: {parameters:,} parameters, {num_updates:,} updates, on {device_name}")
@@ -885,11 +884,6 @@ def train(args: Args) -> None:
     writer.close()
 
     wall_clock = time.perf_counter() - start_time
-    if args.capture_video:
-        write_atomically(run_dir / "video.gif", lambda file: save_gif(file, video))
-    if args.save_model:
-        model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
-        write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
     training_time = wall_clock - measuring_time
     versions = {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__}
     # fmt: off
@@ -902,28 +896,51 @@ def train(args: Args) -> None:
         "device": device_name, "versions": versions, "git_commit": git_commit(),
     }
     # fmt: on
-    write_atomically(run_dir / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
+    try:
+        if args.capture_video:
+            write_atomically(run_dir / "video.gif", to_gif(video))
+        if args.save_model:
+            buffer = io.BytesIO()
+            torch.save({"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}, buffer)
+            write_atomically(run_dir / "model.pth", buffer.getvalue())
+    finally:  # a model that finds no space must not cost the result
+        write_atomically(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    if skipped > 0:
+        print(f"{skipped:,} of {updates:,} updates had a non-finite gradient and were skipped")
     print(summary(args.env_id, returns) + f"; {run_dir / 'result.json'}")
 
 
 def evaluate_saved(args: Args) -> None:
     """Play the model at --evaluate: its game, network and seed; --eval-episodes, --eval-epsilon, --device are ours."""
+    gif = Path(f"{args.evaluate}.gif")
+    if args.capture_video and gif.exists() and not args.overwrite:
+        fail(f"{gif} exists; pass --overwrite to replace it", 1)
     try:
-        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+            model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         saved = replace(Args(**model["args"]), eval_episodes=args.eval_episodes, eval_epsilon=args.eval_epsilon)
         if saved.env_id not in GAMES:
             raise ValueError(saved.env_id)
         network = QNetwork(model["num_actions"], saved)
         network.load_state_dict(model["target"])
     except FileNotFoundError:
-        fail(f"--evaluate {args.evaluate}: no such file", 1)
-    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError):
-        fail(f"--evaluate {args.evaluate}: not a model that this script saved (--save-model)", 1)
+        fail(f"--evaluate {str(args.evaluate)!r}: no such file", 1)
+    except (
+        ArithmeticError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ):
+        fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
     returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)
     print(summary(saved.env_id, returns))
     if args.capture_video:
-        write_atomically(args.evaluate.with_suffix(".gif"), lambda file: save_gif(file, video))
+        write_atomically(gif, to_gif(video))
 
 
 def summary(env_id: str, returns: list[float]) -> str:

@@ -141,7 +141,11 @@ def test_an_evaluation_of_a_saved_model_takes_the_files_game_and_network(tmp_pat
     evaluated = run(tmp_path, "--evaluate", str(path), "--eval-episodes", "1", "--device", "cpu", "--capture-video")
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stdout.startswith("MsPacman: mean return")
-    assert path.with_suffix(".gif").exists()
+    gif = path.with_name("model.pth.gif")
+    before = gif.read_bytes()
+    refused = run(tmp_path, "--evaluate", str(path), "--capture-video")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert gif.read_bytes() == before
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -151,6 +155,8 @@ BAD_FLAGS = {
     "--env-id alien": "Alien",
     "--env-id Ant": "no such Atari game",
     "--env-id ../x": "no such Atari game",
+    "--env-id x\\n": "no such Atari game",
+    "--exp-name a\udcff": "--exp-name",
     "--seed -1": "--seed",
     "--seed 200001": "--seed",
     "--exp-name a/b": "--exp-name",
@@ -170,6 +176,11 @@ BAD_FLAGS = {
     "--n-atoms 1": "--n-atoms",
     "--v-min 10": "--v-min",
     "--v-max inf": "--v-max",
+    "--v-min nan": "--v-min",
+    "--adam-eps 0": "--adam-eps",
+    "--per-alpha 65": "--per-alpha",
+    "--batch-size 100000000": "--batch-size",
+    "--total-timesteps 10000000000000000000000": "--total-timesteps",
     "--hidden-dim 0": "--hidden-dim",
     "--noisy-std -0.1": "--noisy-std",
     "--buffer-size 10": "--buffer-size",
@@ -221,6 +232,7 @@ def test_any_of_envpools_atari_games_is_allowed(game):
         ("--run-dir file/runs", 1, "file"),
         ("--run-dir /proc/runs", 1, "/proc/runs"),
         ("--evaluate missing.pth", 1, "no such file"),
+        ("--track", 1, "pip install wandb"),
         ("--evaluate file", 1, "--save-model"),
         ("--evaluate foreign.pth", 1, "--save-model"),
         ("--evaluate .", 1, "--save-model"),
@@ -241,6 +253,18 @@ def test_the_script_ends_with_one_line_no_traceback_and_nothing_written(tmp_path
     assert finished.stderr.startswith("error: ")
     assert words in finished.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_fills_up_costs_the_model_not_the_result(tmp_path):
+    """`ulimit -f` in blocks of 1 KiB: room for everything but the model (7 million floats)."""
+    flags = ["--run-dir", str(tmp_path), "--save-model", *SHORT, *BASE]
+    command = ["bash", "-c", 'ulimit -f 2000; trap "" XFSZ; exec "$@"', "bash", sys.executable, str(SCRIPT), *flags]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (finished.returncode, finished.stderr.count("\n")) == (1, 1), finished.stderr
+    assert "model.pth" in finished.stderr
+    (directory,) = tmp_path.glob("Alien*")
+    assert {path.name.split(".")[0] for path in directory.iterdir()} == {"events", "result"}
+    assert len(json.loads((directory / "result.json").read_text())["episode_returns"]) == 2
 
 
 def test_a_hundred_skipped_updates_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
