@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -66,6 +67,8 @@ class Args:
     exp_name: str = "plastic_drq_rainbow_atari"  # name of this setting, part of the run's directory
     run_dir: Path = Path("runs")  # where run directories are made: <run-dir>/<env-id>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = CUDA where there is one
+    cuda_graph: bool = True  # run the update and the choice of an action as CUDA graphs (without effect on the CPU)
+    torch_threads: int = 0  # PyTorch's CPU threads (0 = its own choice, at most 8)
     overwrite: bool = False  # replace a finished run of the same name
 
     # Training (Table 5)
@@ -305,6 +308,9 @@ class ReplayBuffer:
         self.window = torch.arange(n_step, device=device)
         self.history = torch.arange(1 - FRAME_STACK, 1, device=device)
         self.cursor = 0
+        self.newest_slot = torch.zeros(
+            1, dtype=torch.int64, device=device
+        )  # the cursor, where a CUDA graph can read it
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
     def start(self, frame: np.ndarray) -> None:
@@ -314,6 +320,7 @@ class ReplayBuffer:
     def add(self, action: int, reward: float, end: bool, next_frame: np.ndarray) -> None:
         """Store what the newest frame led to. After an episode's end, next_frame is the next episode's first."""
         slot, self.cursor = self.cursor, (self.cursor + 1) % self.slots
+        self.newest_slot.fill_(self.cursor)
         self.actions[slot] = action
         self.rewards[slot] = reward
         self.ends[slot] = end
@@ -339,7 +346,7 @@ class ReplayBuffer:
 
     def newest(self) -> Tensor:
         """The observation to act on: uint8 [1, 4, 84, 84]."""
-        return self.stack(torch.tensor([self.cursor], device=self.frames.device))
+        return self.stack(self.newest_slot)
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
@@ -426,16 +433,22 @@ def sam_restore(parameters: list[nn.Parameter], backup: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def clear_adam(optimizer: torch.optim.Adam) -> None:
+    """Set the moments and the step counts to zero, in place."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+@torch.no_grad()
+def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam) -> None:
     """Re-initialise the head, the same in both networks, and clear all of Adam's state; in place (section 4.1)."""
     for module in online.head.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     for w_target, w in zip(target.head.parameters(), online.head.parameters(), strict=True):
         w_target.copy_(w)
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
+    clear_adam(optimizer)
 
 
 @torch.no_grad()
@@ -495,10 +508,18 @@ class Agent:
         self.online = QNetwork(num_actions, args).to(device, memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.parameters = list(self.online.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=args.adam_eps, fused=True)
+        capturable = device.type == "cuda"
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=capturable
+        )
         # The hook of PyTorch's GradScaler: where this is 1, fused Adam leaves weights, moments and step alone, and
         # no host sync is needed to know it.
         self.optimizer.found_inf = torch.zeros((), device=device)
+        # Adam makes its state in its first step: take one with a zero gradient here, outside of any CUDA graph.
+        for w in self.parameters:
+            w.grad = torch.zeros_like(w)
+        self.optimizer.step()
+        clear_adam(self.optimizer)
         self.noisy_first_pass = args.sam_rho == 0 or args.sam_noise != "none"
         scope = self.online if args.sam_scope == "all" else getattr(self.online, args.sam_scope)
         self.sam_parameters = list(scope.parameters())
@@ -558,11 +579,46 @@ class Agent:
         in_a_row = (in_a_row + 1) * skipped
         self.counts.copy_(torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)]))
 
+    def tensors(self) -> list[Tensor]:
+        """All that update() changes in place, but for the generator and the replay buffer's priorities."""
+        adam = [value for state in self.optimizer.state.values() for value in state.values()]
+        networks = [*self.online.state_dict().values(), *self.target.state_dict().values()]
+        return [*networks, *adam, self.counts]
+
     def reset(self) -> None:
         """Reset the head, and shrink and perturb the backbone where that is on."""
         reset_head(self.online, self.target, self.optimizer)
         if self.args.shrink_perturb_alpha < 1:
             shrink_and_perturb(self.online, self.target, self.args.shrink_perturb_alpha)
+
+
+def capture(function: Callable[[], Tensor], agent: Agent, replay: ReplayBuffer) -> Callable[[], Tensor]:
+    """function() as a CUDA graph: the same kernels on the same memory, launched at once.
+
+    The function must not wait for the device, and everything that changes must lie in tensors that stay where they
+    are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
+    choose kernels and fill its caches; all that they change is put back, the generator too.
+    """
+    tensors = [*agent.tensors(), replay.priorities, replay.max_priority]
+    saved, generator_state = [tensor.clone() for tensor in tensors], agent.generator.get_state()
+    stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(agent.generator)
+    with torch.cuda.graph(graph):
+        output = function()
+    torch._foreach_copy_(tensors, saved)
+    agent.generator.set_state(generator_state)
+
+    def run_graph() -> Tensor:
+        graph.replay()
+        return output
+
+    return run_graph
 
 
 # --- Evaluation and metrics -------------------------------------------------------------------------------------------
@@ -718,7 +774,7 @@ RANGES = {  # of the flags, both ends included
     "buffer_size": (1, MANY), "per_alpha": (0, 2), "per_beta": (0, 1), "target_ema": (0, 1), "aug_shift": (0, 83),
     "aug_intensity": (0, MANY), "sam_rho": (0, MANY), "reset_interval": (0, MANY), "shrink_perturb_alpha": (0, 1),
     "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, MANY), "metrics_interval": (0, MANY),
-    "log_interval": (1, MANY),
+    "log_interval": (1, MANY), "torch_threads": (0, 1024),
 }
 # fmt: on
 
@@ -750,6 +806,8 @@ def resolve(args: Args) -> Args:
         fail(f"{run_directory(args)} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
     if args.device == "auto":
         args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
+    if args.torch_threads == 0:
+        args = replace(args, torch_threads=min(torch.get_num_threads(), 8))
     return args
 
 
@@ -803,6 +861,7 @@ def train(args: Args) -> None:
     num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
     agent = Agent(num_actions, num_updates, args, generator)
     replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
+    update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
     parameters = sum(w.numel() for w in agent.parameters)
 
     flags = json.loads(json.dumps(asdict(args), default=str))
@@ -832,7 +891,7 @@ def train(args: Args) -> None:
         if step <= args.learning_starts:
             action = int(rng.integers(num_actions))
         else:
-            action = int(agent.act(replay.newest()))  # waits for the device
+            action = int(act())  # waits for the device
         frames, rewards, terminated, truncated, info = envs.step(np.array([action], dtype=np.int32))
         lost_life = 0 < info["lives"][0] < lives  # some games are played on with none left
         episode_over = terminated[0] or truncated[0]
@@ -847,9 +906,11 @@ def train(args: Args) -> None:
         replay.add(action, float(np.sign(rewards[0])), bool(lost_life or episode_over), frames[0, 0])
         lives = info["lives"][0]
 
+        if step == args.learning_starts and args.cuda_graph and device.type == "cuda":
+            update, act = capture(update, agent, replay), capture(act, agent, replay)
         if step >= args.learning_starts:
             for _ in range(args.replay_ratio):
-                statistics = agent.update(replay)
+                statistics = update()
                 updates += 1
                 if args.reset_interval > 0 and updates % args.reset_interval == 0 and step < args.total_timesteps:
                     agent.reset()
@@ -953,6 +1014,9 @@ def summary(env_id: str, returns: list[float]) -> str:
 
 if __name__ == "__main__":
     args = resolve(tyro.cli(Args))
+    torch.set_num_threads(args.torch_threads)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch's convolutions have by default
     try:
         train(args) if args.evaluate is None else evaluate_saved(args)
     except KeyboardInterrupt:

@@ -2,10 +2,11 @@
 
     python benchmark/speed.py --device cpu
 
-Each part is timed inside real updates (CUDA: with device events), so the parts add up to the update; what no part
-covers is "other". Medians over the updates after a warm-up; nothing else should run on the machine. The floor is what
-the update's arithmetic and memory traffic would take at the speeds that this machine reaches in a plain matrix product
-and a plain copy, measured in the same run.
+An update is timed as the script runs it (CUDA: as a graph). Its parts are timed inside real, eager updates (CUDA: with
+device events); what no part covers is "other". Medians after a warm-up; nothing else should run on the machine. The
+floor is what the update's arithmetic and memory traffic would take at the speeds that this machine reaches in a plain
+matrix product and a plain copy, measured in the same run. "Plain" is the same update the obvious way, for comparison:
+noisy weights composed, images and convolutions in PyTorch's default layout, Adam parameter by parameter.
 
 A script adds itself with a function like atari() and an entry in SCRIPTS.
 """
@@ -17,9 +18,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 from unittest import mock
 
@@ -45,7 +47,8 @@ class Args:
 class Subject:
     """One method of one script, ready to run."""
 
-    update: Callable[[], object]  # one gradient update
+    update: Callable[[], object]  # one gradient update, as the script runs it
+    eager_update: Callable[[], object]  # the same without a graph, for its parts
     act: Callable[[], int]  # the choice of one action, host sync included
     env_step: Callable[[], object]  # one interaction, stored
     parameters: int
@@ -53,15 +56,35 @@ class Subject:
     updates: int  # of a full run
     parts: dict[str, tuple[object, str]]  # label -> (owner, name) of the function whose calls it covers
     spans: dict[str, tuple[tuple[object, str], tuple[object, str]]] = field(default_factory=dict)  # from one to another
+    patches: list = field(default_factory=list)  # in force while it is measured
 
 
-def atari(device: str) -> dict[str, Callable[[], Subject]]:
-    """plastic_drq_rainbow_atari.py: base, PLASTIC† and PLASTIC at replay ratio 2 on a buffer of 20,000 transitions."""
+def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]:
+    """plastic_drq_rainbow_atari.py: base, PLASTIC† and PLASTIC at replay ratio 2, each also plain."""
+    script = atari_script
     base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
     methods = {"base": base, "PLASTIC†": dict(crelu=False, sam_rho=0.0), "PLASTIC": {}}
 
-    def prepare(flags: dict) -> Subject:
-        script = atari_script
+    def composed_forward(layer: torch.nn.Module, x: torch.Tensor, noisy: bool = True) -> torch.Tensor:
+        if not noisy:
+            return torch.nn.functional.linear(x, layer.weight_mu, layer.bias_mu)
+        weight = layer.weight_mu + layer.weight_sigma * torch.outer(layer.noise_out, layer.noise_in)
+        return torch.nn.functional.linear(x, weight, layer.bias_mu + layer.bias_sigma * layer.noise_out)
+
+    def make_plain(agent: script.Agent) -> list:
+        for network in (agent.online, agent.target):
+            network.to(memory_format=torch.contiguous_format)
+        args = agent.args
+        adam = torch.optim.Adam(agent.parameters, lr=args.learning_rate, eps=args.adam_eps, foreach=False)
+        agent.optimizer = SimpleNamespace(  # only fused Adam takes found_inf
+            zero_grad=adam.zero_grad, step=lambda: adam.step(), found_inf=agent.optimizer.found_inf
+        )
+        return [
+            mock.patch.object(script.NoisyLinear, "forward", composed_forward),
+            mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255)),
+        ]
+
+    def prepare(flags: dict, plain: bool) -> Subject:
         args = script.resolve(script.Args(device=device, **flags))
         generator = torch.Generator(device).manual_seed(0)
         envs = script.make_envs(args.env_id, 1, 0)
@@ -78,11 +101,17 @@ def atari(device: str) -> dict[str, Callable[[], Subject]]:
                 frames, _ = envs.reset()
             replay.add(0, float(np.sign(rewards[0])), over, frames[0, 0])
 
-        for _ in range(20_000):
+        for _ in range(num_transitions):
             env_step()
+        patches = make_plain(agent) if plain else []
+        eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
+        update, graph_act = eager_update, act
+        if device == "cuda" and not plain:
+            update, graph_act = script.capture(eager_update, agent, replay), script.capture(act, agent, replay)
         return Subject(
-            update=lambda: agent.update(replay),
-            act=lambda: int(agent.act(replay.newest())),
+            update=update,
+            eager_update=eager_update,
+            act=lambda: int(graph_act()),
             env_step=env_step,
             parameters=sum(w.numel() for w in agent.parameters),
             env_steps=args.total_timesteps,
@@ -100,9 +129,14 @@ def atari(device: str) -> dict[str, Callable[[], Subject]]:
                 "priorities": (script.ReplayBuffer, "update_priorities"),
             },
             spans={"sam": ((script, "sam_perturb"), (script, "sam_restore"))},
+            patches=patches,
         )
 
-    return {name: lambda flags=flags: prepare(flags) for name, flags in methods.items()}
+    subjects = {}
+    for name, flags in methods.items():  # side by side: a machine's speed drifts
+        subjects[name] = lambda flags=flags: prepare(flags, plain=False)
+        subjects[f"{name}, plain"] = lambda flags=flags: prepare(flags, plain=True)
+    return subjects
 
 
 SCRIPTS = {"plastic_drq_rainbow_atari.py": atari}
@@ -195,24 +229,26 @@ def floor_ms(subject: Subject, device: str) -> float:
     copy = torch.zeros_like(source)
     bytes_per_ms = 2 * source.numel() / median_ms(lambda: copy.copy_(source), 20, device)
     with FlopCounterMode(display=False) as counter:
-        subject.update()
+        subject.eager_update()
     return counter.get_total_flops() / flops_per_ms + 10 * 4 * subject.parameters / bytes_per_ms
 
 
 def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | dict[str, float]]:
     """All figures of one subject."""
     update_ms = median_ms(subject.update, repeats, device)
-    clock, samples = Clock(device), []
+    clock, samples, eager = Clock(device), [], []
     with instrumented(subject, clock):
         for i in range(repeats + 3):
             clock_total = Clock(device)
             clock_total.start("update")
-            subject.update()
+            subject.eager_update()
             clock_total.stop("update")
             parts = clock.collect()
-            parts["other"] = clock_total.collect()["update"] - sum(parts.values())
+            total = clock_total.collect()["update"]
+            parts["other"] = total - sum(parts.values())
             if i >= 3:
                 samples.append(parts)
+                eager.append(total)
     parts = {label: statistics.median(sample.get(label, 0.0) for sample in samples) for label in samples[0]}
     act_ms, env_ms = median_ms(subject.act, repeats, device), median_ms(subject.env_step, 10 * repeats, device)
     if device == "cuda":
@@ -223,6 +259,7 @@ def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | di
     return {
         "update_ms": update_ms,
         "updates_per_second": 1e3 / update_ms,
+        "eager_update_ms": statistics.median(eager),
         "floor_ms": floor_ms(subject, device),
         "act_ms": act_ms,
         "env_step_ms": env_ms,
@@ -235,8 +272,12 @@ def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | di
 
 def main(args: Args) -> None:
     """Print a table per script, and write the figures where --json says."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        atari_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            atari_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
+        torch.set_float32_matmul_precision("high")  # as the scripts do
+    if args.json is not None and not args.json.parent.is_dir():
+        atari_script.fail(f"--json {args.json}: no such directory", 1)
     threads = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else threads
     figures = {
@@ -247,9 +288,15 @@ def main(args: Args) -> None:
     }
     for script, methods in SCRIPTS.items():
         figures[script] = {}
-        for name, prepare in methods(args.device).items():
-            figures[script][name] = result = measure(prepare(), args.device, 5 if args.quick else 100)
-            shares = {label: f"{ms:.2f} ({ms / result['update_ms']:.0%})" for label, ms in result["parts_ms"].items()}
+        for name, prepare in methods(args.device, 200 if args.quick else 20_000).items():
+            with ExitStack() as stack:
+                subject = prepare()
+                for patch in subject.patches:
+                    stack.enter_context(patch)
+                figures[script][name] = result = measure(subject, args.device, 5 if args.quick else 100)
+            shares = {
+                label: f"{ms:.2f} ({ms / result['eager_update_ms']:.0%})" for label, ms in result["parts_ms"].items()
+            }
             print(f"{script} {name} on {hardware}")
             print("  " + ", ".join(f"{k} {v:.2f}" for k, v in result.items() if k != "parts_ms"))
             print("  ms by part: " + ", ".join(f"{label} {share}" for label, share in shares.items()), flush=True)

@@ -200,6 +200,7 @@ BAD_FLAGS = {
     "--eval-interval -1": "--eval-interval",
     "--metrics-interval -1": "--metrics-interval",
     "--log-interval 0": "--log-interval",
+    "--torch-threads -1": "--torch-threads",
     "--no-such-flag 1": "no-such-flag",
     "--replay-ratio two": "--replay-ratio",
     "--sam-scope foot": "--sam-scope",

@@ -1,0 +1,90 @@
+"""The speed benchmark measures what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
+import speed
+
+SPEED = Path(__file__).parent.parent / "benchmark" / "speed.py"
+
+
+class Work:
+    """Parts of known length on a clock of its own; the outer one, 20 ms, calls the inner one, 5 ms."""
+
+    seconds = 0.0
+
+    def inner(self):
+        Work.seconds += 0.005
+
+    def outer(self):
+        Work.seconds += 0.015
+        self.inner()
+
+    def begin(self):
+        Work.seconds += 0.002
+
+    def end(self):
+        Work.seconds += 0.003
+
+    def run(self):
+        self.outer()
+        self.inner()
+        self.begin()
+        self.inner()
+        self.end()
+
+
+def test_parts_are_attributed_to_the_outer_label_and_add_up(monkeypatch):
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: Work.seconds)
+    work, clock = Work(), speed.Clock("cpu")
+    subject = speed.Subject(
+        update=work.run,
+        eager_update=work.run,
+        act=lambda: 0,
+        env_step=lambda: None,
+        parameters=0,
+        env_steps=0,
+        updates=0,
+        parts={"inner": (Work, "inner"), "outer": (Work, "outer")},
+        spans={"span": ((Work, "begin"), (Work, "end"))},
+    )
+    with speed.instrumented(subject, clock):
+        work.run()
+        work.run()
+    # "inner": the calls on its own, neither those inside outer nor those inside the span.
+    assert clock.collect() == pytest.approx({"outer": 40, "inner": 10, "span": 20})
+    assert clock.collect() == {}
+    work.run()  # the instruments are gone
+    assert clock.collect() == {}
+    assert speed.median_ms(work.run, 5, "cpu") == pytest.approx(35)
+
+
+def test_a_quick_run_writes_all_figures(tmp_path):
+    path = tmp_path / "speed.json"
+    command = [sys.executable, str(SPEED), "--device", "cpu", "--quick", "--json", str(path)]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    figures = json.loads(path.read_text())
+    assert figures["torch"] == torch.__version__
+    methods = figures["plastic_drq_rainbow_atari.py"]
+    assert list(methods) == ["base", "base, plain", "PLASTIC†", "PLASTIC†, plain", "PLASTIC", "PLASTIC, plain"]
+    for name, figure in methods.items():
+        parts = figure["parts_ms"]
+        assert set(parts) >= {"sample", "augment", "td_target", "forward", "backward", "optimizer", "ema", "other"}
+        assert ("sam" in parts) == (name in ("PLASTIC", "PLASTIC, plain"))
+        assert all(ms > 0 for ms in parts.values())
+        assert figure["floor_ms"] > 0
+        hours = 100_000 * (figure["act_ms"] + figure["env_step_ms"]) + 196_002 * figure["update_ms"]
+        assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
+
+
+def test_a_missing_directory_is_said_before_anything_is_measured(tmp_path):
+    command = [sys.executable, str(SPEED), "--json", str(tmp_path / "no" / "speed.json")]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (1, "", 1)
