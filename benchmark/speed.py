@@ -5,8 +5,9 @@
 An update is timed as the script runs it (CUDA: as a graph). Its parts are timed inside real, eager updates (CUDA: with
 device events); what no part covers is "other". Medians after a warm-up; nothing else should run on the machine. The
 floor is what the update's arithmetic and memory traffic would take at the speeds that this machine reaches in a plain
-matrix product and a plain copy, measured in the same run. "Plain" is the same update the obvious way, for comparison:
-noisy weights composed, images and convolutions in PyTorch's default layout, Adam parameter by parameter.
+matrix product and a plain copy, measured in the same run. For comparison, the same update with one choice made the
+other way: "two products" (the noisy layers' noise as a matrix product of its own, the weights never composed),
+"contiguous" (images and convolutions in PyTorch's default layout), "loop Adam" (parameter by parameter).
 
 A script adds itself with a function like atari() and an entry in SCRIPTS.
 """
@@ -65,26 +66,31 @@ def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]
     base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
     methods = {"base": base, "PLASTIC†": dict(crelu=False, sam_rho=0.0), "PLASTIC": {}}
 
-    def composed_forward(layer: torch.nn.Module, x: torch.Tensor, noisy: bool = True) -> torch.Tensor:
-        if not noisy:
-            return torch.nn.functional.linear(x, layer.weight_mu, layer.bias_mu)
-        weight = layer.weight_mu + layer.weight_sigma * torch.outer(layer.noise_out, layer.noise_in)
-        return torch.nn.functional.linear(x, weight, layer.bias_mu + layer.bias_sigma * layer.noise_out)
-
-    def make_plain(agent: script.Agent) -> list:
-        for network in (agent.online, agent.target):
-            network.to(memory_format=torch.contiguous_format)
-        args = agent.args
-        adam = torch.optim.Adam(agent.parameters, lr=args.learning_rate, eps=args.adam_eps, foreach=False)
-        agent.optimizer = SimpleNamespace(  # only fused Adam takes found_inf
-            zero_grad=adam.zero_grad, step=lambda: adam.step(), found_inf=agent.optimizer.found_inf
+    def two_products(layer: torch.nn.Module, x: torch.Tensor, noisy: bool = True) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        mean = linear(x, layer.weight_mu, layer.bias_mu)
+        return (
+            mean + linear(x * layer.noise_in, layer.weight_sigma, layer.bias_sigma) * layer.noise_out if noisy else mean
         )
-        return [
-            mock.patch.object(script.NoisyLinear, "forward", composed_forward),
-            mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255)),
-        ]
 
-    def prepare(flags: dict, plain: bool) -> Subject:
+    def vary(agent: script.Agent, variant: str | None) -> list:
+        """Change the agent where that is enough; return the patches that the rest needs."""
+        if variant == "two products":
+            return [mock.patch.object(script.NoisyLinear, "forward", two_products)]
+        if variant == "contiguous":
+            for w in (*agent.online.backbone.parameters(), *agent.target.backbone.parameters()):
+                w.data = w.data.contiguous()
+            agent.optimizer.state.clear()  # made anew in the weights' layout, in the first step
+            return [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
+        if variant == "loop Adam":
+            args = agent.args
+            adam = torch.optim.Adam(agent.parameters, lr=args.learning_rate, eps=args.adam_eps, foreach=False)
+            agent.optimizer = SimpleNamespace(  # only fused Adam takes found_inf
+                zero_grad=adam.zero_grad, step=lambda: adam.step(), found_inf=agent.optimizer.found_inf
+            )
+        return []
+
+    def prepare(flags: dict, variant: str | None) -> Subject:
         args = script.resolve(script.Args(device=device, **flags))
         generator = torch.Generator(device).manual_seed(0)
         envs = script.make_envs(args.env_id, 1, 0)
@@ -103,10 +109,10 @@ def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]
 
         for _ in range(num_transitions):
             env_step()
-        patches = make_plain(agent) if plain else []
+        patches = vary(agent, variant)
         eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
         update, graph_act = eager_update, act
-        if device == "cuda" and not plain:
+        if device == "cuda" and variant is None:
             update, graph_act = script.capture(eager_update, agent, replay), script.capture(act, agent, replay)
         return Subject(
             update=update,
@@ -132,11 +138,12 @@ def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]
             patches=patches,
         )
 
-    subjects = {}
-    for name, flags in methods.items():  # side by side: a machine's speed drifts
-        subjects[name] = lambda flags=flags: prepare(flags, plain=False)
-        subjects[f"{name}, plain"] = lambda flags=flags: prepare(flags, plain=True)
-    return subjects
+    variants = (None, "two products", "contiguous", "loop Adam")
+    return {
+        name if variant is None else f"{name}, {variant}": lambda flags=flags, variant=variant: prepare(flags, variant)
+        for name, flags in methods.items()
+        for variant in (variants if name == "base" else variants[:1])
+    }
 
 
 SCRIPTS = {"plastic_drq_rainbow_atari.py": atari}

@@ -94,17 +94,21 @@ def test_layer_norm_stands_between_convolution_and_activation():
     assert names == ["Conv2d", "CReLU"] * 3 + ["Flatten"]
 
 
-def test_noisy_layer_equals_the_composed_weight():
+def test_noisy_layer_equals_the_factorised_form():
+    """(mu + sigma * outer(out, in)) x = mu x + (sigma (x * in)) * out, one output at a time."""
     torch.manual_seed(0)
     layer = atari.NoisyLinear(7, 3, 0.5)
     layer.weight_sigma.data.uniform_(-1, 1)
     layer.bias_sigma.data.uniform_(-1, 1)
     layer.sample_noise(torch.Generator().manual_seed(0))
-    x = torch.randn(4, 7)
-    weight = layer.weight_mu + layer.weight_sigma * torch.outer(layer.noise_out, layer.noise_in)
-    bias = layer.bias_mu + layer.bias_sigma * layer.noise_out
-    torch.testing.assert_close(layer(x), x @ weight.T + bias)
-    torch.testing.assert_close(layer(x, noisy=False), x @ layer.weight_mu.T + layer.bias_mu)
+    w = {name: value.detach().double().numpy() for name, value in layer.state_dict().items()}
+    x = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    for b in range(4):
+        for i in range(3):
+            mean = w["weight_mu"][i] @ x[b] + w["bias_mu"][i]
+            noise = w["weight_sigma"][i] @ (x[b] * w["noise_in"]) + w["bias_sigma"][i]
+            assert layer(torch.tensor(x))[b, i].item() == pytest.approx(mean + noise * w["noise_out"][i], abs=1e-5)
+            assert layer(torch.tensor(x), noisy=False)[b, i].item() == pytest.approx(mean, abs=1e-5)
 
 
 def test_noise_is_sign_times_root_of_a_gaussian_and_new_at_each_draw():
