@@ -29,7 +29,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import subprocess
 import sys
@@ -38,6 +37,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal, NamedTuple, NoReturn
 
 import envpool
@@ -803,8 +803,6 @@ def resolve(args: Args) -> Args:
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
-    if args.evaluate is None and (run_directory(args) / "result.json").exists() and not args.overwrite:
-        fail(f"{run_directory(args)} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
     if args.device == "auto":
         args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     if args.torch_threads == 0:
@@ -836,11 +834,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def run_directory(args: Args) -> Path:
-    """Where a run's files go."""
-    return args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
-
-
 def to_gif(frames: list[np.ndarray]) -> bytes:
     """Frames, uint8 [84, 84], as a GIF in about the game's own pace (4 frames in 1/15 s)."""
     buffer = io.BytesIO()
@@ -851,6 +844,9 @@ def to_gif(frames: list[np.ndarray]) -> bytes:
 
 def train(args: Args) -> None:
     """One run, from seeding to result.json."""
+    run_dir = args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    if (run_dir / "result.json").exists() and not args.overwrite:
+        fail(f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
     device = torch.device(args.device)
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     rng = np.random.default_rng(args.seed)  # random actions before learning starts
@@ -866,7 +862,6 @@ def train(args: Args) -> None:
     parameters = sum(w.numel() for w in agent.parameters)
 
     flags = json.loads(json.dumps(asdict(args), default=str))
-    run_dir = run_directory(args)
     if args.track:
         try:
             from wandb import init
@@ -987,16 +982,7 @@ def evaluate_saved(args: Args) -> None:
         network.load_state_dict(model["target"])
     except FileNotFoundError:
         fail(f"--evaluate {str(args.evaluate)!r}: no such file", 1)
-    except (
-        ArithmeticError,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ):
+    except (ArithmeticError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, UnpicklingError):
         fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
     returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)

@@ -69,7 +69,7 @@ def test_readme_names_only_flags_that_exist():
 
     fields = {"--" + name.replace("_", "-") for name in atari.Args.__dataclass_fields__}
     fields |= {flag.replace("--", "--no-", 1) for flag in fields}
-    elsewhere = {"--help", "--logdir"}  # of tyro and of TensorBoard
+    elsewhere = {"--help", "--logdir", "--json"}  # of tyro, TensorBoard and benchmark/speed.py
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert flags - elsewhere <= fields
     interventions = {"--layer-norm", "--crelu", "--sam-rho", "--reset-interval", "--shrink-perturb-alpha"}
