@@ -19,8 +19,8 @@ COMMANDS = (
 
 
 def pins(lines):
-    """{package: version} of requirement lines."""
-    stripped = [line.split("#")[0].strip() for line in lines]
+    """{package: version} of requirement lines, markers and comments aside."""
+    stripped = [line.split("#")[0].split(";")[0].strip() for line in lines]
     return dict(line.split("==") for line in stripped if line)
 
 
