@@ -195,7 +195,7 @@ class NoisyLinear(nn.Module):
         """[B, in_features] -> [B, out_features]; without noise, the layer of the mean weights."""
         if not noisy:
             return F.linear(x, self.weight_mu, self.bias_mu)
-        # mu + sigma * outer(noise_out, noise_in); a second matrix product for the noisy part takes longer (README.md).
+        # mu + sigma * outer(noise_out, noise_in); a second matrix product for the noisy part takes longer on the CPU.
         weight = torch.addcmul(self.weight_mu, self.weight_sigma * self.noise_in, self.noise_out[:, None])
         bias = torch.addcmul(self.bias_mu, self.bias_sigma, self.noise_out)
         return F.linear(x, weight, bias)
@@ -1002,8 +1002,6 @@ def summary(env_id: str, returns: list[float]) -> str:
 if __name__ == "__main__":
     args = resolve(tyro.cli(Args))
     torch.set_num_threads(args.torch_threads)
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch's convolutions have by default
     try:
         train(args) if args.evaluate is None else evaluate_saved(args)
     except KeyboardInterrupt:

@@ -3,17 +3,20 @@
     python benchmark/speed.py --device cpu
 
 An update is timed as the script runs it (CUDA: as a graph). Its parts are timed inside real, eager updates (CUDA: with
-device events); what no part covers is "other". Medians after a warm-up; nothing else should run on the machine. The
-floor is what the update's arithmetic and memory traffic would take at the speeds that this machine reaches in a plain
-matrix product and a plain copy, measured in the same run. For comparison, the same update with one choice made the
-other way: "two products" (the noisy layers' noise as a matrix product of its own, the weights never composed),
-"contiguous" (images and convolutions in PyTorch's default layout), "loop Adam" (parameter by parameter).
+device events, so their shares are those of eager updates); what no part covers is "other". Medians after a warm-up;
+nothing else should run on the machine. The floor is what the update's arithmetic and memory traffic would take at the
+speeds that this machine reaches in a plain matrix product and a plain copy, measured in the same run.
+
+For comparison, base with one choice made the other way: "two products" (the noisy layers' noise as a matrix product of
+its own, the weights never composed), "contiguous" (images and convolutions in PyTorch's default layout), "loop Adam"
+(parameter by parameter). On CUDA these run eagerly: compare them by eager_update_ms.
 
 A script adds itself with a function like atari() and an entry in SCRIPTS.
 """
 
 import json
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -230,11 +233,13 @@ def floor_ms(subject: Subject, device: str) -> float:
 
     Ten: weights read forward and backward, gradient written and read, two moments, weights and target read and written.
     """
-    a, b = torch.randn(1024, 1024, device=device), torch.randn(1024, 1024, device=device)
-    flops_per_ms = 2 * 1024**3 / median_ms(lambda: a @ b, 20, device)
+    size, calls = (1024, 1) if device == "cpu" else (4096, 20)  # many calls a measurement, where launching takes time
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    flops_per_ms = calls * 2 * size**3 / median_ms(lambda: [a @ b for _ in range(calls)], 20, device)
     source = torch.zeros(64 * 2**20, dtype=torch.uint8, device=device)
     copy = torch.zeros_like(source)
-    bytes_per_ms = 2 * source.numel() / median_ms(lambda: copy.copy_(source), 20, device)
+    copies_per_ms = calls / median_ms(lambda: [copy.copy_(source) for _ in range(calls)], 20, device)
+    bytes_per_ms = 2 * source.numel() * copies_per_ms
     with FlopCounterMode(display=False) as counter:
         subject.eager_update()
     return counter.get_total_flops() / flops_per_ms + 10 * 4 * subject.parameters / bytes_per_ms
@@ -272,20 +277,20 @@ def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | di
         "env_step_ms": env_ms,
         "env_steps_per_second": 1e3 / env_ms,
         "full_run_hours_without_evaluation": hours,
-        "peak_memory_gib": peak,
+        "peak_memory_gib_so_far": peak,
         "parts_ms": dict(sorted(parts.items(), key=lambda item: -item[1])),
     }
 
 
 def main(args: Args) -> None:
     """Print a table per script, and write the figures where --json says."""
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            atari_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
-        torch.set_float32_matmul_precision("high")  # as the scripts do
+    if args.device == "cuda" and not torch.cuda.is_available():
+        atari_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
     if args.json is not None and not args.json.parent.is_dir():
         atari_script.fail(f"--json {args.json}: no such directory", 1)
-    threads = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    torch.set_num_threads(min(torch.get_num_threads(), 8))  # as the scripts do
+    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    threads = f"{torch.get_num_threads()} threads of {models[0] if models else platform.machine()}"
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else threads
     figures = {
         "hardware": hardware,

@@ -2,26 +2,29 @@
 # All speed figures of one GPU: the update by part, full runs of PLASTIC† and PLASTIC on Alien with their scores, and the
 # throughput of 1, 3, 8 and 16 runs side by side, without and with CUDA MPS (where nvidia-cuda-mps-control is installed).
 #
-#   bash benchmark/speed_gpu.sh [DIRECTORY]     # default: benchmark/results/speed
+#   bash benchmark/speed_gpu.sh [DIRECTORY]     # relative to the repository; default: benchmark/results/speed
 #
-# Nothing else should run on the machine.
+# Nothing else should run on the machine, an MPS daemon included.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmark/results/speed}
 mkdir -p "$out"
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '__')
+gpu=$(nvidia-smi -i 0 --query-gpu=name --format=csv,noheader | tr ' /' '__')
 
 python benchmark/speed.py --device cuda --json "$out/$gpu.json"
 
 train=(python plastic_drq_rainbow_atari.py --device cuda --env-id Alien --run-dir "$out/runs" --overwrite)
 "${train[@]}" --exp-name dagger --no-crelu --sam-rho 0
 "${train[@]}" --exp-name plastic
+for method in dagger plastic; do
+  cp "$out/runs/Alien__${method}__1/result.json" "$out/${gpu}_full_run_$method.json"
+done
 
 parallel_runs() { # label, number of runs
-  local started=$SECONDS pids=() failed=0
+  local pids=() failed=0
   for seed in $(seq 1 "$2"); do
     "${train[@]}" --exp-name "$1" --seed "$seed" --torch-threads 1 --no-crelu --sam-rho 0 \
-      --total-timesteps 12000 --eval-episodes 1 > "$out/$1_$seed.log" 2>&1 &
+      --total-timesteps 30000 --eval-episodes 1 > "$out/$1_$seed.log" 2>&1 &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
@@ -29,7 +32,12 @@ parallel_runs() { # label, number of runs
     echo "$1: a run failed, see $out/$1_*.log" >&2
     return 1
   fi
-  echo "$1: $2 runs of 20,002 updates in $((SECONDS - started)) s"
+  # Of the training loops alone, which overlap but for their start.
+  python - "$1" "$2" "$out"/runs/Alien__"$1"__*/result.json << 'PY'
+import json, sys
+rates = [json.load(open(path))["updates_per_second"] for path in sys.argv[3:]]
+print(f"{sys.argv[1]}: {sys.argv[2]} runs, {sum(rates):.0f} updates/s together, {min(rates):.0f} to {max(rates):.0f} each")
+PY
 }
 
 {

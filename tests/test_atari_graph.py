@@ -147,3 +147,22 @@ def test_an_eager_update_on_cuda_does_not_wait_either():
         agent.update(replay)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_captured_update_skips_a_non_finite_gradient():
+    agent, replay = make("cuda")
+    update = atari.capture(lambda: agent.update(replay), agent, replay)
+    update()
+    rewards, before = replay.rewards.clone(), [tensor.clone() for tensor in everything(agent, replay)]
+    replay.rewards.fill_(torch.nan)
+    update()
+    assert agent.counts.tolist() == [2, 1, 1, 1]
+    learned = [agent.optimizer.state[w][name] for w in agent.parameters for name in ("step", "exp_avg", "exp_avg_sq")]
+    assert all(bool(tensor.isfinite().all()) for tensor in [*agent.parameters, *learned, replay.priorities])
+    pairs = zip(before, everything(agent, replay), strict=True)
+    moved = sum(not torch.equal(a, b) for a, b in pairs)
+    assert moved == 1 + 2 * 8  # the counts, and the noise of the eight noisy layers
+    replay.rewards.copy_(rewards)
+    update()
+    assert agent.counts.tolist() == [3, 1, 0, 1]
