@@ -117,7 +117,7 @@ def test_a_finished_run_is_kept_unless_overwrite(tmp_path):
     assert "--overwrite" in refused.stderr
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
-    # The saved model plays the run's games again, with the run's seed whatever this command's is.
+    # The saved model plays the run's games again.
     again = run(tmp_path, "--evaluate", str(directory / "model.pth"), "--eval-episodes", "2", "--seed", "9")
     assert again.returncode == 0, again.stderr
     mean_return = read_result(tmp_path)["mean_return"]
@@ -146,6 +146,24 @@ def test_an_evaluation_of_a_saved_model_takes_the_files_game_and_network(tmp_pat
     refused = run(tmp_path, "--evaluate", str(path), "--capture-video")
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert gif.read_bytes() == before
+
+
+def test_an_evaluation_of_a_saved_model_keeps_its_seed_and_takes_the_commands_episodes(tmp_path, monkeypatch):
+    played = []
+    monkeypatch.setattr(atari, "evaluate", lambda *call: played.append(call) or [1.0])
+    atari.train(short_args(tmp_path, hidden_dim=4, n_atoms=3, seed=5))
+    path = tmp_path / "Alien__plastic_drq_rainbow_atari__5" / "model.pth"
+    flags = dict(evaluate=path, seed=9, env_id="Pong", eval_episodes=7, eval_epsilon=0.25, device="cpu")
+    atari.evaluate_saved(atari.resolve(atari.Args(**flags)))
+    network, env_id, args, video = played[-1]
+    assert (env_id, args.seed, args.eval_episodes, args.eval_epsilon, video) == ("Alien", 5, 7, 0.25, None)
+    for name, value in weights(tmp_path, args).items():
+        assert torch.equal(network.state_dict()[name], value)
+
+
+def test_torch_threads_is_obeyed(tmp_path):
+    assert run(tmp_path, *SHORT, *BASE, "--hidden-dim", "4", "--torch-threads", "3").returncode == 0
+    assert read_result(tmp_path)["device"] == "cpu, 3 threads"
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The environment, the order of data, and evaluation, against ale-py driven by hand and recorded stand-ins."""
 
 import json
+from types import SimpleNamespace
 
 import ale_py
 import cv2
@@ -188,7 +189,7 @@ class ScriptedEnvs:
         return *out, {"lives": np.array(lives, np.int32), "env_id": env_ids.copy()}
 
 
-def run_on(monkeypatch, tmp_path, envs, total_timesteps, update=None, **flags):
+def run_on(monkeypatch, tmp_path, envs, total_timesteps, evaluate=lambda *_: [1.0, 2.0], **flags):
     """train() over scripted environments, with nothing learned; returns the replay buffer and the result."""
     kept = {}
 
@@ -206,7 +207,7 @@ def run_on(monkeypatch, tmp_path, envs, total_timesteps, update=None, **flags):
             kept["resets"] = kept.get("resets", 0) + 1
 
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
-    monkeypatch.setattr(atari, "evaluate", lambda network, env_id, args, video: [1.0, 2.0])
+    monkeypatch.setattr(atari, "evaluate", evaluate)
     monkeypatch.setattr(atari, "ReplayBuffer", KeptReplay)
     monkeypatch.setattr(atari, "Agent", IdleAgent)
     flags = dict(learning_starts=10, hidden_dim=4, n_atoms=3, buffer_size=200) | flags
@@ -316,6 +317,31 @@ def test_no_reset_on_the_last_environment_step(monkeypatch, tmp_path):
 def test_a_reset_before_the_last_environment_step_happens(monkeypatch, tmp_path):
     kept, result = run_on(monkeypatch, tmp_path, ScriptedEnvs([GAMES]), 20, reset_interval=20)
     assert (kept["updates"], result["resets"], kept["resets"]) == (22, 1, 1)
+
+
+def test_speed_is_of_training_alone_and_wall_clock_of_everything(monkeypatch, tmp_path):
+    """On a clock of its own: a step takes 1 s, a measurement 300 s, an evaluation 500 s."""
+    clock = SimpleNamespace(now=0.0)
+
+    class TimedEnvs(ScriptedEnvs):
+        def step(self, actions, env_ids=None):
+            clock.now += 1
+            return super().step(actions, env_ids)
+
+    def takes(seconds, result):
+        def call(*_):
+            clock.now += seconds
+            return result
+
+        return call
+
+    monkeypatch.setattr(atari, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(atari, "plasticity_metrics", takes(300, {"x": 0.0}))
+    flags = dict(metrics_interval=20, eval_interval=20)
+    _, result = run_on(monkeypatch, tmp_path, TimedEnvs([GAMES]), 50, takes(500, [1.0]), **flags)
+    assert result["wall_clock_seconds"] == 50 + 2 * 300 + 3 * 500
+    assert result["env_steps_per_second"] == 1
+    assert result["updates_per_second"] == (50 - 10 + 1) * 2 / 50
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
