@@ -5,11 +5,13 @@
 An update is timed as the script runs it (CUDA: as a graph). Its parts are timed inside real, eager updates (CUDA: with
 device events, so their shares are those of eager updates); what no part covers is "other". Medians after a warm-up;
 nothing else should run on the machine. The floor is what the update's arithmetic and memory traffic would take at the
-speeds that this machine reaches in a plain matrix product and a plain copy, measured in the same run.
+speeds that this machine reaches in a plain matrix product and a plain copy, measured in the same run. Machines drift,
+so all methods of a script are held ready (about 1 GB each) and measured in turn; the figures are medians over rounds.
 
 For comparison, base with one choice made the other way: "two products" (the noisy layers' noise as a matrix product of
 its own, the weights never composed), "contiguous" (images and convolutions in PyTorch's default layout), "loop Adam"
-(parameter by parameter). On CUDA these run eagerly: compare them by eager_update_ms.
+(parameter by parameter); and base and PLASTIC "plain": contiguous and loop Adam together, as one would first write it.
+On CUDA these run eagerly: compare them by eager_update_ms.
 
 A script adds itself with a function like atari() and an entry in SCRIPTS.
 """
@@ -80,18 +82,19 @@ def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]
         """Change the agent where that is enough; return the patches that the rest needs."""
         if variant == "two products":
             return [mock.patch.object(script.NoisyLinear, "forward", two_products)]
-        if variant == "contiguous":
+        patches = []
+        if variant in ("contiguous", "plain"):
             for w in (*agent.online.backbone.parameters(), *agent.target.backbone.parameters()):
                 w.data = w.data.contiguous()
             agent.optimizer.state.clear()  # made anew in the weights' layout, in the first step
-            return [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
-        if variant == "loop Adam":
+            patches = [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
+        if variant in ("loop Adam", "plain"):
             args = agent.args
             adam = torch.optim.Adam(agent.parameters, lr=args.learning_rate, eps=args.adam_eps, foreach=False)
             agent.optimizer = SimpleNamespace(  # only fused Adam takes found_inf
                 zero_grad=adam.zero_grad, step=lambda: adam.step(), found_inf=agent.optimizer.found_inf
             )
-        return []
+        return patches
 
     def prepare(flags: dict, variant: str | None) -> Subject:
         args = script.resolve(script.Args(device=device, **flags))
@@ -141,11 +144,15 @@ def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]
             patches=patches,
         )
 
-    variants = (None, "two products", "contiguous", "loop Adam")
+    variants = {
+        "base": (None, "two products", "contiguous", "loop Adam", "plain"),
+        "PLASTIC†": (None,),
+        "PLASTIC": (None, "plain"),
+    }
     return {
         name if variant is None else f"{name}, {variant}": lambda flags=flags, variant=variant: prepare(flags, variant)
         for name, flags in methods.items()
-        for variant in (variants if name == "base" else variants[:1])
+        for variant in variants[name]
     }
 
 
@@ -246,7 +253,7 @@ def floor_ms(subject: Subject, device: str) -> float:
 
 
 def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | dict[str, float]]:
-    """All figures of one subject."""
+    """Milliseconds and memory of one subject, in one round."""
     update_ms = median_ms(subject.update, repeats, device)
     clock, samples, eager = Clock(device), [], []
     with instrumented(subject, clock):
@@ -263,23 +270,52 @@ def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | di
                 eager.append(total)
     parts = {label: statistics.median(sample.get(label, 0.0) for sample in samples) for label in samples[0]}
     act_ms, env_ms = median_ms(subject.act, repeats, device), median_ms(subject.env_step, 10 * repeats, device)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    hours = (subject.env_steps * (act_ms + env_ms) + subject.updates * update_ms) / 3.6e6
     return {
         "update_ms": update_ms,
-        "updates_per_second": 1e3 / update_ms,
         "eager_update_ms": statistics.median(eager),
         "floor_ms": floor_ms(subject, device),
         "act_ms": act_ms,
         "env_step_ms": env_ms,
-        "env_steps_per_second": 1e3 / env_ms,
-        "full_run_hours_without_evaluation": hours,
-        "peak_memory_gib_so_far": peak,
-        "parts_ms": dict(sorted(parts.items(), key=lambda item: -item[1])),
+        "parts_ms": parts,
     }
+
+
+def memory_gib(device: str) -> float:
+    """Peak of the device's memory since it was last reset; on the CPU, what the process holds now."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+
+
+def prepared(prepare: Callable[[], Subject], device: str) -> tuple[Subject, float]:
+    """The subject after its first update, and the memory that it took."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = memory_gib(device)
+    subject = prepare()
+    with patched(subject):
+        subject.update()
+    return subject, memory_gib(device) - before
+
+
+@contextmanager
+def patched(subject: Subject):
+    """The subject's patches in force."""
+    with ExitStack() as stack:
+        for patch in subject.patches:
+            stack.enter_context(patch)
+        yield
+
+
+def combine(rounds: list[dict], subject: Subject) -> dict[str, float | dict[str, float]]:
+    """All figures of one subject: medians over the rounds, and what follows from them."""
+    result = {key: statistics.median(one[key] for one in rounds) for key in rounds[0] if key != "parts_ms"}
+    parts = {label: statistics.median(one["parts_ms"][label] for one in rounds) for label in rounds[0]["parts_ms"]}
+    training_ms = subject.env_steps * (result["act_ms"] + result["env_step_ms"]) + subject.updates * result["update_ms"]
+    result["updates_per_second"] = 1e3 / result["update_ms"]
+    result["env_steps_per_second"] = 1e3 / result["env_step_ms"]
+    result["full_run_hours_without_evaluation"] = training_ms / 3.6e6
+    return {**result, "parts_ms": dict(sorted(parts.items(), key=lambda item: -item[1]))}
 
 
 def main(args: Args) -> None:
@@ -289,6 +325,8 @@ def main(args: Args) -> None:
     if args.json is not None and not args.json.parent.is_dir():
         atari_script.fail(f"--json {args.json}: no such directory", 1)
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # as the scripts do
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # as the scripts do
     models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
     threads = f"{torch.get_num_threads()} threads of {models[0] if models else platform.machine()}"
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else threads
@@ -298,14 +336,21 @@ def main(args: Args) -> None:
         "python": platform.python_version(),
         "quick": args.quick,
     }
+    num_rounds, repeats = (1, 5) if args.quick else (5, 20)
     for script, methods in SCRIPTS.items():
-        figures[script] = {}
-        for name, prepare in methods(args.device, 200 if args.quick else 20_000).items():
-            with ExitStack() as stack:
-                subject = prepare()
-                for patch in subject.patches:
-                    stack.enter_context(patch)
-                figures[script][name] = result = measure(subject, args.device, 5 if args.quick else 100)
+        num_transitions = 200 if args.quick else 20_000
+        subjects, memory = {}, {}
+        for name, prepare in methods(args.device, num_transitions).items():
+            subjects[name], memory[name] = prepared(prepare, args.device)
+        rounds: dict[str, list] = {name: [] for name in subjects}
+        for _ in range(num_rounds):
+            for name, subject in subjects.items():
+                with patched(subject):
+                    rounds[name].append(measure(subject, args.device, repeats))
+        figures[script] = {
+            name: {"memory_gib": memory[name], **combine(rounds[name], subject)} for name, subject in subjects.items()
+        }
+        for name, result in figures[script].items():
             shares = {
                 label: f"{ms:.2f} ({ms / result['eager_update_ms']:.0%})" for label, ms in result["parts_ms"].items()
             }
