@@ -25,20 +25,25 @@ Where it departs from the paper's text (README.md compares the paper, the author
 
 import copy
 import difflib
+import fcntl
 import io
 import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Literal, NamedTuple, NoReturn
+from typing import BinaryIO, Literal, NamedTuple, NoReturn
 
 import envpool
 import numpy as np
@@ -54,6 +59,11 @@ from tqdm import tqdm
 FRAME_STACK = 4
 GAMES = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
 MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
+UNREADABLE = (  # what a file that is not what it should be can raise
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    UnpicklingError,
+)
+CHECKPOINT_VERSION = 1  # to be raised when what a checkpoint holds changes
 
 
 @dataclass
@@ -69,7 +79,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = CUDA where there is one
     cuda_graph: bool = True  # run the update and the choice of an action as CUDA graphs (without effect on the CPU)
     torch_threads: int = 0  # PyTorch's CPU threads (0 = its own choice, at most 8)
-    overwrite: bool = False  # replace a finished run of the same name
+    resume: bool = False  # continue an unfinished run, start where there is none, leave a finished one as it is
+    checkpoint_interval: Literal["auto"] | int = "auto"  # interactions between checkpoints (auto = 5 minutes, 0 = off)
+    overwrite: bool = False  # replace a run of the same name, finished or not
 
     # Training (Table 5)
     total_timesteps: int = 100_000  # interactions; one is 4 frames
@@ -313,7 +325,14 @@ class ReplayBuffer:
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
     def start(self, frame: np.ndarray) -> None:
-        """Put the very first frame, uint8 [84, 84]."""
+        """Begin an episode with its first frame, uint8 [84, 84]; a life that was cut off (a continued run) ends here.
+
+        Its newest transitions, whose n-step windows nothing completes, are dropped: they are never sampled.
+        """
+        if self.pending > 0:
+            self.pending = 0
+            self.add(0, 0.0, True, frame)
+            self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
 
     def add(self, action: int, reward: float, end: bool, next_frame: np.ndarray) -> None:
@@ -377,6 +396,10 @@ class ReplayBuffer:
         """Transitions drawn uniformly, with replacement."""
         valid = (self.priorities > 0).float()
         return self.gather(torch.multinomial(valid, batch_size, replacement=True, generator=generator))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold of it, with the two counters `cursor` and `pending`."""
+        return {f"replay.{name}": value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
         """Set the priorities [B] of slots `index` [B] and the running maximum that new transitions get."""
@@ -578,11 +601,14 @@ class Agent:
         in_a_row = (in_a_row + 1) * skipped
         self.counts.copy_(torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)]))
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """All that update() changes in place, but for the generator and the replay buffer's priorities."""
-        adam = [value for state in self.optimizer.state.values() for value in state.values()]
-        networks = [*self.online.state_dict().values(), *self.target.state_dict().values()]
-        return [*networks, *adam, self.counts]
+        tensors = {"counts": self.counts}
+        for name, network in (("online", self.online), ("target", self.target)):
+            tensors |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
+        for i, state in enumerate(self.optimizer.state.values()):
+            tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
+        return tensors
 
     def reset(self) -> None:
         """Reset the head, and shrink and perturb the backbone where that is on."""
@@ -598,7 +624,7 @@ def capture(function: Callable[[], Tensor], agent: Agent, replay: ReplayBuffer) 
     are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
     choose kernels and fill its caches; all that they change is put back, the generator too.
     """
-    tensors = [*agent.tensors(), replay.priorities, replay.max_priority]
+    tensors = [*agent.tensors().values(), replay.priorities, replay.max_priority]
     saved, generator_state = [tensor.clone() for tensor in tensors], agent.generator.get_state()
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
@@ -659,6 +685,8 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
             over = terminated | truncated
             progress.update(int(over.sum()))
             playing = playing[~over]
+    if not np.isfinite(returns).all():
+        raise FloatingPointError(f"a game of {env_id} gave a reward that is not a finite number")
     return returns.tolist()
 
 
@@ -733,6 +761,128 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Gene
     return metrics
 
 
+# --- Checkpoint -------------------------------------------------------------------------------------------------------
+
+MAY_CHANGE = {  # flags that may differ when a run is continued; --total-timesteps may grow
+    *("run_dir", "device", "cuda_graph", "torch_threads", "resume", "checkpoint_interval", "overwrite", "evaluate"),
+    *("eval_interval", "metrics_interval", "log_interval", "capture_video", "save_model"),
+    *("track", "wandb_project_name", "wandb_entity"),
+}
+
+
+@dataclass
+class Counters:
+    """Where a run stands."""
+
+    step: int = 0  # interactions
+    updates: int = 0
+    resets: int = 0
+    nonfinite_rewards: int = 0  # taken as 0
+    seconds: float = 0.0
+    measuring_seconds: float = 0.0  # of them in evaluations and metrics, which do not count as training
+    resumed_at: list[int] = field(default_factory=list)  # steps after which the run was continued
+    wandb_id: str | None = None
+
+
+class Stop:
+    """SIGTERM and SIGINT: noted, so that a run can end between two steps, or obeyed at once where nothing is lost."""
+
+    def __init__(self) -> None:
+        self.signum, self.at_once = 0, True
+
+    def request(self, signum: int, frame: object = None) -> None:
+        """The signals' handler."""
+        self.signum = signum
+        if self.at_once:
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """End with code 143 (SIGTERM) or 130 (SIGINT)."""
+        fail(f"stopped by {signal.Signals(self.signum).name}; --resume continues a run", 128 + self.signum)
+
+
+@contextmanager
+def lock_directory(run_dir: Path) -> Iterator[None]:
+    """Make the directory and keep other processes out (a dead one holds no lock); leave no empty directory behind."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{run_dir}: another process is at work there", 1)
+        except OSError:
+            print(f"warning: {run_dir}: no locks on this file system; start no second process there", file=sys.stderr)
+        try:
+            yield
+        finally:
+            if [path.name for path in run_dir.iterdir()] == [".lock"]:
+                (run_dir / ".lock").unlink()
+                run_dir.rmdir()
+
+
+def compare_flags(flags: dict, saved: dict, path: Path) -> None:
+    """End with one line if the run that `path` belongs to had other flags, those of MAY_CHANGE aside."""
+    names = [name for name in flags.keys() | saved.keys() if flags.get(name) != saved.get(name)]
+    others = sorted(f"--{name.replace('_', '-')} {saved.get(name)}" for name in names if name not in MAY_CHANGE)
+    if others:
+        fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
+
+
+def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dict, agent: Agent, replay: ReplayBuffer):
+    """Write all that a run needs to go on, but for the emulator. `generators` are torch.Generators by name."""
+    checkpoint = {
+        "script": Path(__file__).name,
+        "version": CHECKPOINT_VERSION,
+        "args": flags,
+        "counters": asdict(counters),
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+        "tensors": {**agent.tensors(), **replay.tensors()},
+        "replay": {"cursor": replay.cursor, "pending": replay.pending},
+        "events": {file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")},
+    }
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, replay: ReplayBuffer) -> Counters:
+    """Put all back in place; TensorBoard's files are cut to what they were, so that no step is there twice.
+
+    Ends with one line if the file is not a checkpoint of this script, version and shape, or of other flags. On another
+    kind of device, whose generators have other states, theirs are seeded anew.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if (checkpoint["script"], checkpoint["version"]) != (Path(__file__).name, CHECKPOINT_VERSION):
+            raise ValueError
+        saved = dict(checkpoint["args"])
+        if flags["total_timesteps"] > saved["total_timesteps"]:
+            saved["total_timesteps"] = flags["total_timesteps"]
+        compare_flags(flags, saved, path)
+        own, tensors = {**agent.tensors(), **replay.tensors()}, checkpoint["tensors"]
+        if own.keys() != tensors.keys() or any(
+            (own[name].shape, own[name].dtype) != (tensors[name].shape, tensors[name].dtype) for name in own
+        ):
+            raise ValueError
+        counters = Counters(**checkpoint["counters"])
+        replay.cursor, replay.pending = checkpoint["replay"]["cursor"], checkpoint["replay"]["pending"]
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        for name, generator in generators.items():  # "torch" comes first
+            if name == "torch" or saved["device"] == flags["device"]:
+                generator.set_state(checkpoint["generators"][name])
+            else:
+                generator.manual_seed(int(torch.randint(2**31, ())))
+        events = dict(checkpoint["events"])
+    except UNREADABLE:
+        fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
+    for file in path.parent.glob("events.out.tfevents.*"):
+        if file.name in events:
+            os.truncate(file, min(events[file.name], file.stat().st_size))
+        else:
+            file.unlink()
+    return counters
+
+
 # --- Run --------------------------------------------------------------------------------------------------------------
 
 # fmt: off
@@ -768,12 +918,12 @@ MANY = 10**9  # upper end of what has no other
 RANGES = {  # of the flags, both ends included
     "seed": (0, 200_000), "total_timesteps": (1, MANY), "replay_ratio": (1, MANY), "batch_size": (1, 65_536),
     "learning_starts": (1, MANY), "learning_rate": (1e-12, MANY), "adam_eps": (1e-12, MANY),
-    "max_grad_norm": (1e-12, math.inf), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, MANY),
-    "v_min": (-MANY, MANY), "v_max": (-MANY, MANY), "hidden_dim": (1, MANY), "noisy_std": (0, MANY),
+    "max_grad_norm": (1e-12, math.inf), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, 100_000),
+    "v_min": (-MANY, MANY), "v_max": (-MANY, MANY), "hidden_dim": (1, 1_000_000), "noisy_std": (0, MANY),
     "buffer_size": (1, MANY), "per_alpha": (0, 2), "per_beta": (0, 1), "target_ema": (0, 1), "aug_shift": (0, 83),
     "aug_intensity": (0, MANY), "sam_rho": (0, MANY), "reset_interval": (0, MANY), "shrink_perturb_alpha": (0, 1),
     "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, MANY), "metrics_interval": (0, MANY),
-    "log_interval": (1, MANY), "torch_threads": (0, 1024),
+    "log_interval": (1, MANY), "torch_threads": (0, 1024), "checkpoint_interval": (0, MANY),
 }
 # fmt: on
 
@@ -787,8 +937,9 @@ def resolve(args: Args) -> Args:
         pays = args.replay_ratio >= 4 and args.reset_interval > 0
         args = replace(args, shrink_perturb_alpha=0.6 if pays else 1.0)
     for name, (low, high) in RANGES.items():
-        if not low <= getattr(args, name) <= high:  # false for nan too
-            fail(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {getattr(args, name)}", 2)
+        value = getattr(args, name)
+        if value != "auto" and not low <= value <= high:  # nan is out of every range
+            fail(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}", 2)
     if not args.n_step <= args.learning_starts < args.total_timesteps:
         fail("--learning-starts must be at least --n-step and below --total-timesteps", 2)
     if args.buffer_size <= args.n_step:
@@ -797,10 +948,14 @@ def resolve(args: Args) -> Args:
         fail("--v-min must be below --v-max", 2)
     if args.shrink_perturb_alpha < 1 and args.reset_interval == 0:
         fail("--shrink-perturb-alpha acts at resets: it needs a --reset-interval above 0", 2)
+    if args.resume and args.overwrite:
+        fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
     if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
+    if args.track and find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb", 1)
     if args.device == "auto":
         args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     if args.torch_threads == 0:
@@ -817,19 +972,48 @@ def git_commit() -> str | None:
         return None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a temporary neighbour of `path` and put it in place once it is on disk."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a temporary neighbour of `path` and put it in place once it is on disk. Raises OSError with the path."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error on top
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
+
+
+def memory_needed(num_actions: int, args: Args) -> int:
+    """Bytes that a run holds on its device at most, PyTorch itself aside: frames and weights, and about the rest."""
+    with torch.device("meta"):  # shapes without memory
+        network = QNetwork(num_actions, args)
+    frame, num_copies = 84 * 84, 9 if args.sam_rho > 0 else 8  # weights, gradient, moments, target, SAM's, composed
+    replay = (args.buffer_size + FRAME_STACK) * (frame + 8 + 4 + 1 + 4)
+    weights = 4 * num_copies * sum(w.numel() for w in network.parameters())
+    # Of each transition: three float stacks, three of each convolution's outputs, the head's, and the projection's.
+    outputs = (2 if args.crelu and args.crelu_scope == "all" else 1) * (32 * 20**2 + 64 * 9**2 + 64 * 7**2)
+    head = 8 * args.hidden_dim + 4 * (num_actions + args.n_atoms) * args.n_atoms
+    transitions = 4 * args.batch_size * (3 * FRAME_STACK * frame + 3 * outputs + head)
+    return replay + weights + transitions + 2**20 * args.eval_episodes
+
+
+def memory_available(device: torch.device) -> float:
+    """Free bytes of the device; on the CPU, also within the container's limit. Infinite where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    available = math.inf
+    with suppress(OSError, ValueError):
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = 1024 * int(meminfo["MemAvailable"].split()[0])
+    with suppress(OSError, ValueError):
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available
 
 
 def to_gif(frames: list[np.ndarray]) -> bytes:
@@ -840,56 +1024,114 @@ def to_gif(frames: list[np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def train(args: Args) -> None:
-    """One run, from seeding to result.json."""
+def train(args: Args, stop: Stop) -> None:
+    """One run, alone in its directory: begun, continued, or left as it is when it is finished."""
     run_dir = args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    if (run_dir / "result.json").exists() and not args.overwrite:
-        fail(f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
+    flags = json.loads(json.dumps(asdict(args), default=str))
+    needed = memory_needed(int(make_envs(args.env_id, 1, args.seed).action_space.n), args) / 2**30
+    available = memory_available(torch.device(args.device)) / 2**30
+    if needed > available:
+        sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
+        fail(f"needs {sizes}; lower --buffer-size, --batch-size, --hidden-dim, --n-atoms or --eval-episodes", 1)
+    with lock_directory(run_dir):
+        if (run_dir / "result.json").exists() and not args.overwrite:
+            if not args.resume:
+                fail(f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
+            compare_flags(flags, read_flags(run_dir / "result.json"), run_dir / "result.json")
+            print(f"{run_dir}: finished already")
+            (run_dir / "checkpoint.pth").unlink(missing_ok=True)  # the run may have been killed before it could
+            return
+        resumed = (run_dir / "checkpoint.pth").exists() and not args.overwrite
+        if resumed and not args.resume:
+            fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
+        print(f"{run_dir}: on {device_name(args)}, with about {needed:.1f} GiB of memory")
+        train_in(run_dir, args, flags, resumed, stop)
+
+
+def device_name(args: Args) -> str:
+    """For people."""
+    return torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) -> None:
+    """From seeding to result.json."""
+    checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     device = torch.device(args.device)
-    device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    rng = np.random.default_rng(args.seed)  # random actions before learning starts
-    torch.manual_seed(args.seed)  # initialisers, at the start and at resets
+    torch.manual_seed(args.seed)  # initialisers, at the start and at resets, and random actions before learning starts
     # Sampling, augmentation and noise have a generator of their own; so have the metrics, which must change nothing.
     generator, metrics_generator = (torch.Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist())
-    envs = make_envs(args.env_id, 1, args.seed)
-    num_actions = int(envs.action_space.n)
+    generators = {"torch": torch.default_generator, "sampling": generator, "metrics": metrics_generator}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+    num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
     num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
     agent = Agent(num_actions, num_updates, args, generator)
     replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
     update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
     parameters = sum(w.numel() for w in agent.parameters)
 
-    flags = json.loads(json.dumps(asdict(args), default=str))
+    counters = load_checkpoint(checkpoint_path, flags, generators, agent, replay) if resumed else Counters()
+    if resumed:
+        counters.resumed_at.append(counters.step)
     if args.track:
-        try:
-            from wandb import init
-        except ImportError:
-            fail("--track needs Weights & Biases: pip install wandb", 1)
+        import wandb
+
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-        init(**names, config=flags, sync_tensorboard=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for pattern in ("*.tmp", "events.out.tfevents.*", "video.gif", "model.pth", "result.json"):
+        try:
+            tracked = wandb.init(**names, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True)
+        except wandb.Error as error:  # no login, no network
+            fail(f"--track: Weights & Biases says: {' '.join(str(error).split())}", 1)
+        counters.wandb_id = tracked.id
+    stale = ("*.tmp",) if resumed else ("result.json", "*.tmp", "*.pth", "events.out.tfevents.*", "video.gif")
+    for pattern in stale:
         for leftover in run_dir.glob(pattern):  # of an unfinished or overwritten run
             leftover.unlink()
     writer = SummaryWriter(str(run_dir))
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
-    print(f"{run_dir}: {parameters:,} parameters, {num_updates:,} updates, on {device_name}")
+    if not resumed:
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
+    start = f"continued after step {counters.step:,}" if resumed else f"{parameters:,} parameters"
+    print(f"{run_dir}: {start}, {num_updates:,} updates")
 
-    start_time, measuring_time = time.perf_counter(), 0.0  # evaluations and metrics do not count as training
-    updates = resets = 0
+    start_time = time.perf_counter() - counters.seconds
+    checkpoint_time = time.perf_counter()
+    # The emulator's state is not in a checkpoint: a continued run begins an episode, with other no-ops than the first.
+    env_seed = args.seed + 1_000_003 * counters.step % 2**30
+    envs = make_envs(args.env_id, 1, env_seed)
     frames, info = envs.reset()
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
-    progress = tqdm(range(1, args.total_timesteps + 1), desc=args.env_id, unit="step", disable=None)
-    for step in progress:
+    to_capture = args.cuda_graph and device.type == "cuda"
+    progress = tqdm(initial=counters.step, total=args.total_timesteps, desc=args.env_id, unit="step", disable=None)
+    stop.at_once = False
+    while True:
+        if evaluation_due(counters.step, args):
+            measuring_start = time.perf_counter()
+            video = [] if args.capture_video and counters.step == args.total_timesteps else None
+            stop.at_once = True  # the checkpoint of this very step is written
+            returns = evaluate(agent.target, args.env_id, args, video)
+            stop.at_once = False
+            mean_return = float(np.mean(returns))
+            score = human_normalized_score(args.env_id, mean_return)
+            writer.add_scalar("eval/mean_return", mean_return, counters.step)
+            if score is not None:
+                writer.add_scalar("eval/human_normalized_score", score, counters.step)
+            counters.measuring_seconds += time.perf_counter() - measuring_start
+        if counters.step == args.total_timesteps:
+            break
+        step = counters.step = counters.step + 1
+
         if step <= args.learning_starts:
-            action = int(rng.integers(num_actions))
+            action = int(torch.randint(num_actions, ()))
         else:
             action = int(act())  # waits for the device
         frames, rewards, terminated, truncated, info = envs.step(np.array([action], dtype=np.int32))
+        reward = float(rewards[0])
+        if not math.isfinite(reward):  # must not reach the replay buffer
+            counters.nonfinite_rewards += 1
+            reward = 0.0
         lost_life = 0 < info["lives"][0] < lives  # some games are played on with none left
         episode_over = terminated[0] or truncated[0]
-        episode_return += float(rewards[0])
+        episode_return += reward
         episode_length += 1
         if episode_over:
             writer.add_scalar("charts/episodic_return", episode_return, step)
@@ -897,18 +1139,19 @@ def train(args: Args) -> None:
             progress.set_postfix({"return": episode_return}, refresh=False)
             episode_return, episode_length = 0.0, 0
             frames, info = envs.reset()  # else EnvPool's next step would ignore its action and reset
-        replay.add(action, float(np.sign(rewards[0])), bool(lost_life or episode_over), frames[0, 0])
+        replay.add(action, float(np.sign(reward)), bool(lost_life or episode_over), frames[0, 0])
         lives = info["lives"][0]
 
-        if step == args.learning_starts and args.cuda_graph and device.type == "cuda":
-            update, act = capture(update, agent, replay), capture(act, agent, replay)
         if step >= args.learning_starts:
+            if to_capture:
+                update, act = capture(update, agent, replay), capture(act, agent, replay)
+                to_capture = False
             for _ in range(args.replay_ratio):
                 statistics = update()
-                updates += 1
-                if args.reset_interval > 0 and updates % args.reset_interval == 0 and step < args.total_timesteps:
+                counters.updates += 1
+                if due(args.reset_interval, counters.updates) and step < args.total_timesteps:
                     agent.reset()
-                    resets += 1
+                    counters.resets += 1
             if step % args.log_interval == 0 or step == args.total_timesteps:
                 _, skipped, _, longest_row = agent.counts.tolist()
                 if longest_row >= MAX_SKIPPED_IN_A_ROW:
@@ -918,51 +1161,83 @@ def train(args: Args) -> None:
                 for name, value in zip(("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True):
                     writer.add_scalar(f"losses/{name}", value, step)
                 writer.add_scalar("losses/skipped_updates", skipped, step)
-                writer.add_scalar("charts/resets", resets, step)
-                writer.add_scalar("charts/SPS", step / (time.perf_counter() - start_time - measuring_time), step)
-            if args.metrics_interval > 0 and step % args.metrics_interval == 0:
+                writer.add_scalar("charts/resets", counters.resets, step)
+                writer.add_scalar("charts/nonfinite_rewards", counters.nonfinite_rewards, step)
+                training_time = time.perf_counter() - start_time - counters.measuring_seconds
+                writer.add_scalar("charts/SPS", step / training_time, step)
+            if due(args.metrics_interval, step):
                 measuring_start = time.perf_counter()
                 for name, value in plasticity_metrics(agent, replay, metrics_generator).items():
                     writer.add_scalar(f"plasticity/{name}", value, step)
-                measuring_time += time.perf_counter() - measuring_start
+                counters.measuring_seconds += time.perf_counter() - measuring_start
+        progress.update()
 
-        if step == args.total_timesteps or (args.eval_interval > 0 and step % args.eval_interval == 0):
-            measuring_start = time.perf_counter()
-            video = [] if args.capture_video and step == args.total_timesteps else None
-            returns = evaluate(agent.target, args.env_id, args, video)
-            mean_return = float(np.mean(returns))
-            score = human_normalized_score(args.env_id, mean_return)
-            writer.add_scalar("eval/mean_return", mean_return, step)
-            if score is not None:
-                writer.add_scalar("eval/human_normalized_score", score, step)
-            measuring_time += time.perf_counter() - measuring_start
+        if args.checkpoint_interval == "auto":
+            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
+        else:
+            checkpoint_due = due(args.checkpoint_interval, step)
+        # Before an evaluation too: it can take minutes.
+        if args.checkpoint_interval != 0 and (checkpoint_due or evaluation_due(step, args) or stop.signum):
+            counters.seconds = time.perf_counter() - start_time
+            writer.flush()
+            try:
+                save_checkpoint(checkpoint_path, flags, counters, generators, agent, replay)
+            except OSError as error:
+                print(f"warning: {error.filename}: {error.strerror}; the checkpoint before stays", file=sys.stderr)
+            checkpoint_time = time.perf_counter()
+        if stop.signum:
+            progress.close()
+            stop.leave()
+    progress.close()
     writer.close()
 
     wall_clock = time.perf_counter() - start_time
-    training_time = wall_clock - measuring_time
+    training_time = wall_clock - counters.measuring_seconds
+    skipped = int(agent.counts[1])
     versions = {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__}
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id, "seed": args.seed,
-        "args": flags, "env_steps": args.total_timesteps, "gradient_updates": updates, "resets": resets,
-        "skipped_updates": skipped, "parameters": parameters, "episode_returns": returns, "mean_return": mean_return,
+        "args": flags, "env_steps": counters.step, "gradient_updates": counters.updates, "resets": counters.resets,
+        "skipped_updates": skipped, "nonfinite_rewards": counters.nonfinite_rewards, "resumed_at": counters.resumed_at,
+        "parameters": parameters, "episode_returns": returns, "mean_return": mean_return,
         "human_normalized_score": score, "wall_clock_seconds": wall_clock,
-        "env_steps_per_second": args.total_timesteps / training_time, "updates_per_second": updates / training_time,
-        "device": device_name, "versions": versions, "git_commit": git_commit(),
+        "env_steps_per_second": counters.step / training_time, "updates_per_second": counters.updates / training_time,
+        "device": device_name(args), "versions": versions, "git_commit": git_commit(),
     }
     # fmt: on
     try:
         if args.capture_video:
-            write_atomically(run_dir / "video.gif", to_gif(video))
+            write_atomically(run_dir / "video.gif", lambda file: file.write(to_gif(video)))
         if args.save_model:
-            buffer = io.BytesIO()
-            torch.save({"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}, buffer)
-            write_atomically(run_dir / "model.pth", buffer.getvalue())
+            model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
+            write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
     finally:  # a model that finds no space must not cost the result
-        write_atomically(run_dir / "result.json", json.dumps(result, indent=2).encode())
+        write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+    checkpoint_path.unlink(missing_ok=True)
     if skipped > 0:
-        print(f"{skipped:,} of {updates:,} updates had a non-finite gradient and were skipped")
-    print(summary(args.env_id, returns) + f"; {run_dir / 'result.json'}")
+        print(f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped")
+    if counters.nonfinite_rewards > 0:
+        print(f"{counters.nonfinite_rewards:,} rewards were not finite numbers and were taken as 0")
+    print(summary(args.env_id, returns) + f"; {result_path}")
+
+
+def due(interval: int, count: int) -> bool:
+    """Whether `count` is a multiple of `interval`; never for interval 0."""
+    return interval > 0 and count > 0 and count % interval == 0
+
+
+def evaluation_due(step: int, args: Args) -> bool:
+    """At the end, and every --eval-interval interactions."""
+    return step == args.total_timesteps or due(args.eval_interval, step)
+
+
+def read_flags(result_path: Path) -> dict:
+    """The flags of a finished run."""
+    try:
+        return dict(json.loads(result_path.read_text())["args"])
+    except (LookupError, TypeError, ValueError):
+        fail(f"{result_path}: not a result that this script wrote; move it away or pass --overwrite", 1)
 
 
 def evaluate_saved(args: Args) -> None:
@@ -978,15 +1253,17 @@ def evaluate_saved(args: Args) -> None:
             raise ValueError(saved.env_id)
         network = QNetwork(model["num_actions"], saved)
         network.load_state_dict(model["target"])
+        if not all(tensor.isfinite().all() for tensor in model["target"].values()):
+            raise ValueError("weights that are not finite")
     except FileNotFoundError:
         fail(f"--evaluate {str(args.evaluate)!r}: no such file", 1)
-    except (ArithmeticError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, UnpicklingError):
+    except UNREADABLE:
         fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
     returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)
     print(summary(saved.env_id, returns))
     if args.capture_video:
-        write_atomically(gif, to_gif(video))
+        write_atomically(gif, lambda file: file.write(to_gif(video)))
 
 
 def summary(env_id: str, returns: list[float]) -> str:
@@ -998,14 +1275,19 @@ def summary(env_id: str, returns: list[float]) -> str:
 
 
 if __name__ == "__main__":
+    stop = Stop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop.request)
+    # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
+    threading.excepthook = lambda hook_args: None
     args = resolve(tyro.cli(Args))
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch has it in convolutions
     try:
-        train(args) if args.evaluate is None else evaluate_saved(args)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+        train(args, stop) if args.evaluate is None else evaluate_saved(args)
+    except FloatingPointError as error:
+        fail(f"{error}", 1)
     except (MemoryError, RuntimeError) as error:
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not memory:

@@ -358,7 +358,7 @@ def main(args: Args) -> None:
             print("  " + ", ".join(f"{k} {v:.2f}" for k, v in result.items() if k != "parts_ms"))
             print("  ms by part: " + ", ".join(f"{label} {share}" for label, share in shares.items()), flush=True)
     if args.json is not None:
-        atari_script.write_atomically(args.json, json.dumps(figures, indent=2).encode())
+        atari_script.write_atomically(args.json, lambda file: file.write(json.dumps(figures, indent=2).encode()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ def read_result(tmp_path):
     return json.loads(path.read_text())
 
 
-KEYS = """script exp_name env_id seed args env_steps gradient_updates resets skipped_updates parameters episode_returns
-mean_return human_normalized_score wall_clock_seconds env_steps_per_second updates_per_second device versions
-git_commit""".split()
+KEYS = """script exp_name env_id seed args env_steps gradient_updates resets skipped_updates nonfinite_rewards
+resumed_at parameters episode_returns mean_return human_normalized_score wall_clock_seconds env_steps_per_second
+updates_per_second device versions git_commit""".split()
 
 
 METHODS = {"base": [*BASE, "--reset-interval", "0"], "dagger": DAGGER, "plastic": []}
@@ -98,7 +99,7 @@ def test_equal_seeds_give_equal_runs_and_measuring_changes_nothing(tmp_path):
     kept = []
     for flags in runs:
         args = short_args(tmp_path, reset_interval=20, **flags)
-        atari.train(args)
+        atari.train(args, atari.Stop())
         kept.append(weights(tmp_path, args))
     a, b, c, d = kept
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -131,12 +132,12 @@ def test_a_finished_run_is_kept_unless_overwrite(tmp_path):
     assert replaced.returncode == 0, replaced.stderr
     assert (directory / "result.json").read_bytes() != before["result.json"]
     assert len(list(directory.glob("events*"))) == 1
-    assert {path.name.split(".")[0] for path in directory.iterdir()} == {"events", "result"}
+    assert {path.name.split(".")[0] for path in directory.iterdir()} == {"", "events", "result"}
 
 
 def test_an_evaluation_of_a_saved_model_takes_the_files_game_and_network(tmp_path):
     args = short_args(tmp_path, env_id="MsPacman", hidden_dim=8, n_atoms=7, crelu=False, layer_norm_scope="all")
-    atari.train(args)
+    atari.train(args, atari.Stop())
     path = tmp_path / "MsPacman__plastic_drq_rainbow_atari__1" / "model.pth"
     evaluated = run(tmp_path, "--evaluate", str(path), "--eval-episodes", "1", "--device", "cpu", "--capture-video")
     assert evaluated.returncode == 0, evaluated.stderr
@@ -151,7 +152,7 @@ def test_an_evaluation_of_a_saved_model_takes_the_files_game_and_network(tmp_pat
 def test_an_evaluation_of_a_saved_model_keeps_its_seed_and_takes_the_commands_episodes(tmp_path, monkeypatch):
     played = []
     monkeypatch.setattr(atari, "evaluate", lambda *call: played.append(call) or [1.0])
-    atari.train(short_args(tmp_path, hidden_dim=4, n_atoms=3, seed=5))
+    atari.train(short_args(tmp_path, hidden_dim=4, n_atoms=3, seed=5), atari.Stop())
     path = tmp_path / "Alien__plastic_drq_rainbow_atari__5" / "model.pth"
     flags = dict(evaluate=path, seed=9, env_id="Pong", eval_episodes=7, eval_epsilon=0.25, device="cpu")
     atari.evaluate_saved(atari.resolve(atari.Args(**flags)))
@@ -219,6 +220,11 @@ BAD_FLAGS = {
     "--metrics-interval -1": "--metrics-interval",
     "--log-interval 0": "--log-interval",
     "--torch-threads -1": "--torch-threads",
+    "--checkpoint-interval -1": "--checkpoint-interval",
+    "--checkpoint-interval often": "--checkpoint-interval",
+    "--resume --overwrite": "--resume",
+    "--n-atoms 100001": "--n-atoms",
+    "--hidden-dim 1000001": "--hidden-dim",
     "--no-such-flag 1": "no-such-flag",
     "--replay-ratio two": "--replay-ratio",
     "--sam-scope foot": "--sam-scope",
@@ -255,7 +261,11 @@ def test_any_of_envpools_atari_games_is_allowed(game):
         ("--evaluate file", 1, "--save-model"),
         ("--evaluate foreign.pth", 1, "--save-model"),
         ("--evaluate .", 1, "--save-model"),
-        ("--buffer-size 1000000000", 1, "--buffer-size"),
+        ("--evaluate nan.pth", 1, "--save-model"),
+        ("--evaluate truncated.pth", 1, "--save-model"),
+        ("--buffer-size 1000000000", 1, "GiB of memory"),
+        ("--hidden-dim 1000000 --n-atoms 100000", 1, "--hidden-dim"),
+        ("--batch-size 65536 --n-atoms 1000", 1, "--batch-size"),
         pytest.param(
             "--device cuda", 1, "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
         ),
@@ -264,6 +274,12 @@ def test_any_of_envpools_atari_games_is_allowed(game):
 def test_the_script_ends_with_one_line_no_traceback_and_nothing_written(tmp_path, flags, code, words):
     (tmp_path / "file").write_text("not a directory, not a model")
     torch.save({"target": {}}, tmp_path / "foreign.pth")
+    args = atari.Args(hidden_dim=1, n_atoms=2)
+    model = {"args": json.loads(json.dumps(asdict(args), default=str)), "num_actions": 3}
+    weights = atari.QNetwork(3, args).state_dict()
+    torch.save(model | {"target": weights | {"backbone.0.bias": torch.full((32,), math.nan)}}, tmp_path / "nan.pth")
+    torch.save(model | {"target": weights}, tmp_path / "whole.pth")
+    (tmp_path / "truncated.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:20_000])
     before = sorted(path.name for path in tmp_path.iterdir())
     finished = run(tmp_path, *flags.split())
     assert finished.returncode == code
@@ -279,10 +295,12 @@ def test_a_disk_that_fills_up_costs_the_model_not_the_result(tmp_path):
     flags = ["--run-dir", str(tmp_path), "--save-model", *SHORT, *BASE]
     command = ["bash", "-c", 'ulimit -f 2000; trap "" XFSZ; exec "$@"', "bash", sys.executable, str(SCRIPT), *flags]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (finished.returncode, finished.stderr.count("\n")) == (1, 1), finished.stderr
-    assert "model.pth" in finished.stderr
+    warning, error = finished.stderr.splitlines()
+    assert finished.returncode == 1
+    assert warning.startswith("warning: ") and "checkpoint.pth" in warning  # the one before the evaluation
+    assert error.startswith("error: ") and "model.pth" in error
     (directory,) = tmp_path.glob("Alien*")
-    assert {path.name.split(".")[0] for path in directory.iterdir()} == {"events", "result"}
+    assert {path.name.split(".")[0] for path in directory.iterdir()} == {"", "events", "result"}
     assert len(json.loads((directory / "result.json").read_text())["episode_returns"]) == 2
 
 
@@ -290,7 +308,7 @@ def test_a_hundred_skipped_updates_in_a_row_end_the_run(tmp_path, monkeypatch, c
     monkeypatch.setattr(atari, "td_error", lambda log_probs, action, td_target: log_probs.sum((1, 2)) * math.nan)
     args = short_args(tmp_path, total_timesteps=200, log_interval=10, hidden_dim=4, n_atoms=3)
     with pytest.raises(SystemExit) as exit_info:
-        atari.train(args)
+        atari.train(args, atari.Stop())
     assert exit_info.value.code == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -306,7 +324,7 @@ def test_a_run_with_a_few_skipped_updates_goes_on_and_counts_them(tmp_path, monk
         return original(log_probs, action, td_target) * (math.nan if len(calls) in (5, 6, 20) else 1.0)
 
     monkeypatch.setattr(atari, "td_error", sometimes_nan)
-    atari.train(short_args(tmp_path, sam_rho=0.0, hidden_dim=4, n_atoms=3))
+    atari.train(short_args(tmp_path, sam_rho=0.0, hidden_dim=4, n_atoms=3), atari.Stop())
     (path,) = tmp_path.glob("*/result.json")
     result = json.loads(path.read_text())
     assert (result["skipped_updates"], result["gradient_updates"]) == (3, 52)
@@ -314,9 +332,14 @@ def test_a_run_with_a_few_skipped_updates_goes_on_and_counts_them(tmp_path, monk
 
 def test_weights_and_biases_is_imported_only_when_tracking(tmp_path):
     """With a stand-in for the package that records how it is called."""
-    stand_in = (
-        "import json\ndef init(**kwargs):\n    open('tracked.json', 'w').write(json.dumps(kwargs, default=str))\n"
-    )
+    stand_in = """
+import json, types
+class Error(Exception): pass
+def init(**kwargs):
+    if kwargs["entity"] == "nobody": raise Error("no such\\nentity")
+    open("tracked.json", "w").write(json.dumps(kwargs, default=str))
+    return types.SimpleNamespace(id="id7")
+"""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").write_text(stand_in)
     env = {"PYTHONPATH": str(tmp_path / "site")}
@@ -328,6 +351,10 @@ def test_weights_and_biases_is_imported_only_when_tracking(tmp_path):
     assert (tracked["project"], tracked["entity"], tracked["name"]) == ("p", "e", "Alien__plastic_drq_rainbow_atari__2")
     assert tracked["sync_tensorboard"] is True
     assert tracked["config"]["sam_rho"] == 0
+    assert (tracked["id"], tracked["resume"]) == (None, "allow")
+    refused = run(tmp_path, *SHORT, *BASE, "--track", "--seed", "3", "--wandb-entity", "nobody", env=env)
+    assert (refused.returncode, refused.stderr) == (1, "error: --track: Weights & Biases says: no such entity\n")
+    assert not (tmp_path / "runs/Alien__plastic_drq_rainbow_atari__3").exists()
 
 
 def test_every_flag_has_a_help_text(capsys):

@@ -32,7 +32,7 @@ def make(device="cpu", **flags):
 
 
 def everything(agent, replay):
-    return [*agent.tensors(), replay.priorities, replay.max_priority]
+    return [*agent.tensors().values(), replay.priorities, replay.max_priority]
 
 
 def pointers(agent, replay):
