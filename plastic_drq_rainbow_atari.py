@@ -329,7 +329,7 @@ class ReplayBuffer:
 
         Its newest transitions, whose n-step windows nothing completes, are dropped: they are never sampled.
         """
-        if self.pending > 0:
+        if not self.ends[self.cursor - 1]:
             self.pending = 0
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
@@ -1187,6 +1187,7 @@ def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
             checkpoint_time = time.perf_counter()
         if stop.signum:
             progress.close()
+            writer.close()
             stop.leave()
     progress.close()
     writer.close()

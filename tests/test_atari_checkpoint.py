@@ -742,3 +742,46 @@ def test_tensorboard_without_space_ends_the_run_with_one_line_and_the_checkpoint
     assert lines[-1].startswith("error: cannot write")
     assert all(line.startswith("warning: ") for line in lines[:-1])
     assert not (run_dir / "result.json").exists()
+
+
+def soak(tmp_path, minutes, *flags):
+    """Run for that long with checkpoints, metrics and evaluations; returns (time, resident MiB) samples and steps."""
+    run_dir, samples = tmp_path / "Alien__x__1", []
+    process = start(tmp_path, *"--total-timesteps 100000 --metrics-interval 200 --eval-interval 400".split(), *flags)
+    wait_for((run_dir / "checkpoint.pth").exists, process, 600)
+    begin = time.monotonic()
+    while time.monotonic() - begin < 60 * minutes:
+        assert process.poll() is None, process.communicate()
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        samples.append((time.monotonic() - begin, pages * os.sysconf("SC_PAGESIZE") / 2**20))
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    logged = events.Scalars("losses/td_loss")
+    assert all(math.isfinite(event.value) for event in logged)
+    return samples, [(event.wall_time, event.step) for event in logged]
+
+
+def test_memory_stays_flat_for_half_a_minute(tmp_path):
+    samples, _ = soak(tmp_path, 0.5, "--checkpoint-interval", "100")
+    early, late = (np.median([mib for _, mib in part]) for part in (samples[10:50], samples[-40:]))
+    assert abs(late - early) < 25, (early, late)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_for_half_an_hour(tmp_path):
+    """At full size, PLASTIC. Prints memory and speed by tenths; speed is not asserted."""
+    flags = "--hidden-dim 512 --n-atoms 51 --batch-size 32 --buffer-size 100000 --eval-episodes 2".split()
+    samples, logged = soak(
+        tmp_path, float(os.environ.get("SOAK_MINUTES", "30")), *flags, "--checkpoint-interval", "200"
+    )
+    medians = [np.median([mib for _, mib in part]) for part in np.array_split(np.array(samples), 10)]
+    seconds = np.diff([wall_time for wall_time, _ in logged])  # of 10 steps each
+    speeds = [10 / np.median(part) for part in np.array_split(seconds, 10)]
+    print(f"\n{logged[-1][1]} steps")
+    print("resident MiB by tenths:", ", ".join(f"{mib:.0f}" for mib in medians))
+    print("steps per second by tenths:", ", ".join(f"{speed:.2f}" for speed in speeds))
+    assert max(medians[2:]) - medians[1] < 50, medians
