@@ -389,6 +389,8 @@ class ReplayBuffer:
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
+        # With nothing to sample, which only a run cut off before learning_starts can come to, the weights are nan.
+        index = index.clamp(max=self.slots - 1)
         priorities = self.priorities[index]
         return self.gather(index), (priorities.min() / priorities) ** beta
 
@@ -398,7 +400,7 @@ class ReplayBuffer:
         return self.gather(torch.multinomial(valid, batch_size, replacement=True, generator=generator))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold of it, with the two counters `cursor` and `pending`."""
+        """All that a checkpoint holds of it; `newest_slot` has the cursor."""
         return {f"replay.{name}": value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
@@ -837,7 +839,6 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dic
         "counters": asdict(counters),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "tensors": {**agent.tensors(), **replay.tensors()},
-        "replay": {"cursor": replay.cursor, "pending": replay.pending},
         "events": {file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")},
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
@@ -864,9 +865,9 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
         ):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
-        replay.cursor, replay.pending = checkpoint["replay"]["cursor"], checkpoint["replay"]["pending"]
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        replay.cursor = int(replay.newest_slot) % replay.slots  # `pending` is 0 after the start() that comes next
         for name, generator in generators.items():  # "torch" comes first
             if name == "torch" or saved["device"] == flags["device"]:
                 generator.set_state(checkpoint["generators"][name])

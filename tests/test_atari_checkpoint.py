@@ -358,7 +358,7 @@ BAD_CHECKPOINTS = {
     "no flags": without("args"),
     "no tensors": without("tensors"),
     "no generators": without("generators"),
-    "no replay counters": without("replay"),
+    "no events": without("events"),
     "other counters": change(counters={"steps": 3}),
     "another shape": change_tensor("replay.frames", torch.zeros((5, 84, 84), dtype=torch.uint8)),
     "another type": change_tensor("counts", torch.zeros(4)),
@@ -397,6 +397,29 @@ def test_checkpoints_are_written_when_they_should_be(tmp_path, recorded, monkeyp
     monkeypatch.setattr(atari, "save_checkpoint", lambda *call: saved.append(call[2].step) or original(*call))
     recorded(Recording(), make_args(tmp_path, **flags))
     assert saved == steps
+
+
+def test_a_continued_run_begins_with_other_no_ops_than_the_first_process_and_the_evaluation(
+    tmp_path, recorded, monkeypatch
+):
+    run_dir = stopped_run(tmp_path, recorded)
+    seeds, recording = [], Recording()
+    monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: seeds.append(seed) or recording)
+    atari.train(make_args(tmp_path, resume=True), atari.Stop())
+    assert (run_dir / "result.json").exists()
+    *_, seed = seeds  # the ones before only ask for the number of actions
+    assert seed not in (1, *range(20_000, 30_000))
+
+
+def test_a_run_cut_off_so_early_that_it_has_nothing_to_learn_from_skips_its_updates(tmp_path, recorded):
+    """Stopped at step 8, learning from 14: no window of 10 steps is complete until a life is lost in step 17."""
+    recording = Recording()
+    with pytest.raises(SystemExit):
+        recorded(recording, make_args(tmp_path, learning_starts=14), stop_at(recording, 8))
+    agent, replay = recorded(recording, make_args(tmp_path, learning_starts=14, resume=True))
+    assert agent.counts.tolist() == [94, 6, 0, 6]
+    assert replay.priorities.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in agent.tensors().values())
 
 
 def test_auto_writes_every_five_minutes_by_the_clock(tmp_path, recorded, monkeypatch):
