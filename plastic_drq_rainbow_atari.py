@@ -26,7 +26,6 @@ Where it departs from the paper's text (README.md compares the paper, the author
 import copy
 import difflib
 import fcntl
-import io
 import json
 import math
 import os
@@ -42,8 +41,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import BinaryIO, Literal, NamedTuple, NoReturn
+from zipfile import ZipFile
 
 import envpool
 import numpy as np
@@ -59,10 +58,6 @@ from tqdm import tqdm
 FRAME_STACK = 4
 GAMES = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
 MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
-UNREADABLE = (  # what a file that is not what it should be can raise
-    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
-    UnpicklingError,
-)
 CHECKPOINT_VERSION = 1  # to be raised when what a checkpoint holds changes
 
 
@@ -350,7 +345,7 @@ class ReplayBuffer:
         slots = torch.arange(first, first + num_complete, device=self.priorities.device) % self.slots
         self.priorities[slots] = self.max_priority
         self.pending -= num_complete
-        # The oldest transition goes: the next frame will overwrite the first of its stack.
+        # The oldest transition goes: the new frame has overwritten the first of its stack.
         self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
@@ -656,7 +651,7 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
     """Play --eval-episodes full games side by side, one per environment, so that short games are not over-counted.
 
     The network (the target network, in the paper) plays without noise, with --eval-epsilon random actions.
-    Environment i is seeded with 10,000 * (seed + 1) + i: not a seed that this run trains on.
+    Environment i is seeded with 10,000 * (seed + 1) + i, training with seed.
     `video`, where given, takes the first game's frames, uint8 [84, 84]. Returns the games' unclipped returns.
     """
     device, num_episodes = network.support.device, args.eval_episodes
@@ -765,11 +760,34 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Gene
 
 # --- Checkpoint -------------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = {  # flags that may differ when a run is continued; --total-timesteps may grow
-    *("run_dir", "device", "cuda_graph", "torch_threads", "resume", "checkpoint_interval", "overwrite", "evaluate"),
-    *("eval_interval", "metrics_interval", "log_interval", "capture_video", "save_model"),
-    *("track", "wandb_project_name", "wandb_entity"),
-}
+# Flags that may differ when a run is continued; --total-timesteps may grow.
+MAY_CHANGE = set(
+    "run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite evaluate eval_interval "
+    "metrics_interval log_interval capture_video save_model track wandb_project_name wandb_entity".split()
+)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with one line on stderr: code 2 for a flag that makes no sense, 1 for a machine or file that cannot."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a temporary neighbour of `path` and put it in place once it is on disk. Raises OSError with the path."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error on top
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
 @dataclass
@@ -790,17 +808,19 @@ class Stop:
     """SIGTERM and SIGINT: noted, so that a run can end between two steps, or obeyed at once where nothing is lost."""
 
     def __init__(self) -> None:
-        self.signum, self.at_once = 0, True
+        self.signum, self.at_once, self.leaving, self.hint = 0, True, False, ""
 
     def request(self, signum: int, frame: object = None) -> None:
-        """The signals' handler."""
-        self.signum = signum
-        if self.at_once:
-            self.leave()
+        """The signals' handler. The first one counts."""
+        self.signum = self.signum or signum
+        self.obey(self.at_once)
 
-    def leave(self) -> NoReturn:
-        """End with code 143 (SIGTERM) or 130 (SIGINT)."""
-        fail(f"stopped by {signal.Signals(self.signum).name}; --resume continues a run", 128 + self.signum)
+    def obey(self, at_once: bool) -> None:
+        """From now on at once or not; if a signal has come and it is at once: end with code 143 or 130."""
+        self.at_once = at_once
+        if self.signum and at_once and not self.leaving:
+            self.leaving = True
+            fail(f"stopped by {signal.Signals(self.signum).name}{self.hint}", 128 + self.signum)
 
 
 @contextmanager
@@ -817,15 +837,21 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [path.name for path in run_dir.iterdir()] == [".lock"]:
-                (run_dir / ".lock").unlink()
-                run_dir.rmdir()
+            with suppress(OSError):  # somebody may have deleted the directory
+                if [path.name for path in run_dir.iterdir()] == [".lock"]:
+                    (run_dir / ".lock").unlink()
+                    run_dir.rmdir()
 
 
 def compare_flags(flags: dict, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags, those of MAY_CHANGE aside."""
-    names = [name for name in flags.keys() | saved.keys() if flags.get(name) != saved.get(name)]
-    others = sorted(f"--{name.replace('_', '-')} {saved.get(name)}" for name in names if name not in MAY_CHANGE)
+    if flags.keys() != saved.keys():
+        fail(f"{path} is of another version of this script; use another --exp-name, or --overwrite", 1)
+    others = []
+    for name in sorted(flags.keys() - MAY_CHANGE):
+        if flags[name] != saved[name]:
+            flag, value = name.replace("_", "-"), saved[name]
+            others.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
     if others:
         fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
 
@@ -844,6 +870,15 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dic
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
+def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
+    """Cut TensorBoard's files to the given sizes by name, and remove the others."""
+    for file in run_dir.glob("events.out.tfevents.*"):
+        if file.name in sizes:
+            os.truncate(file, min(sizes[file.name], file.stat().st_size))
+        else:
+            file.unlink()
+
+
 def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, replay: ReplayBuffer) -> Counters:
     """Put all back in place; TensorBoard's files are cut to what they were, so that no step is there twice.
 
@@ -852,6 +887,8 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+            if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
+                raise ValueError
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if (checkpoint["script"], checkpoint["version"]) != (Path(__file__).name, CHECKPOINT_VERSION):
             raise ValueError
@@ -860,27 +897,27 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
             saved["total_timesteps"] = flags["total_timesteps"]
         compare_flags(flags, saved, path)
         own, tensors = {**agent.tensors(), **replay.tensors()}, checkpoint["tensors"]
-        if own.keys() != tensors.keys() or any(
-            (own[name].shape, own[name].dtype) != (tensors[name].shape, tensors[name].dtype) for name in own
-        ):
+        if {k: (t.shape, t.dtype) for k, t in own.items()} != {k: (t.shape, t.dtype) for k, t in tensors.items()}:
+            raise ValueError
+        if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
+        if not 0 < counters.step <= flags["total_timesteps"] or len(counters.resumed_at) >= counters.step:
+            raise ValueError
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         replay.cursor = int(replay.newest_slot) % replay.slots  # `pending` is 0 after the start() that comes next
-        for name, generator in generators.items():  # "torch" comes first
+        for name, generator in generators.items():
             if name == "torch" or saved["device"] == flags["device"]:
                 generator.set_state(checkpoint["generators"][name])
             else:
-                generator.manual_seed(int(torch.randint(2**31, ())))
+                generator.manual_seed(generator.initial_seed() + counters.step)
         events = dict(checkpoint["events"])
-    except UNREADABLE:
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}", 1)
+    except Exception:  # such a file can raise anything
         fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
-    for file in path.parent.glob("events.out.tfevents.*"):
-        if file.name in events:
-            os.truncate(file, min(events[file.name], file.stat().st_size))
-        else:
-            file.unlink()
+    rewind_events(path.parent, events)
     return counters
 
 
@@ -908,18 +945,12 @@ def human_normalized_score(env_id: str, mean_return: float) -> float | None:
     return (mean_return - random) / (human - random)
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """End with one line on stderr: code 2 for a flag that makes no sense, 1 for a machine or file that cannot."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 # fmt: off
 MANY = 10**9  # upper end of what has no other
 RANGES = {  # of the flags, both ends included
     "seed": (0, 200_000), "total_timesteps": (1, MANY), "replay_ratio": (1, MANY), "batch_size": (1, 65_536),
     "learning_starts": (1, MANY), "learning_rate": (1e-12, MANY), "adam_eps": (1e-12, MANY),
-    "max_grad_norm": (1e-12, math.inf), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, 100_000),
+    "max_grad_norm": (1e-12, MANY), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, 100_000),
     "v_min": (-MANY, MANY), "v_max": (-MANY, MANY), "hidden_dim": (1, 1_000_000), "noisy_std": (0, MANY),
     "buffer_size": (1, MANY), "per_alpha": (0, 2), "per_beta": (0, 1), "target_ema": (0, 1), "aug_shift": (0, 83),
     "aug_intensity": (0, MANY), "sam_rho": (0, MANY), "reset_interval": (0, MANY), "shrink_perturb_alpha": (0, 1),
@@ -953,6 +984,8 @@ def resolve(args: Args) -> Args:
         fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
     if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
+    if not str(args.run_dir).isprintable():
+        fail(f"--run-dir {str(args.run_dir)!r}: must be printable", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
     if args.track and find_spec("wandb") is None:
@@ -971,23 +1004,6 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary neighbour of `path` and put it in place once it is on disk. Raises OSError with the path."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error on top
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
 def memory_needed(num_actions: int, args: Args) -> int:
@@ -1017,45 +1033,47 @@ def memory_available(device: torch.device) -> float:
     return available
 
 
-def to_gif(frames: list[np.ndarray]) -> bytes:
-    """Frames, uint8 [84, 84], as a GIF in about the game's own pace (4 frames in 1/15 s)."""
-    buffer = io.BytesIO()
+def save_gif(frames: list[np.ndarray], file: BinaryIO) -> None:
+    """Frames, uint8 [84, 84], in about the game's own pace (4 frames in 1/15 s)."""
     first, *others = [Image.fromarray(frame) for frame in frames]
-    first.save(buffer, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
-    return buffer.getvalue()
+    first.save(file, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
 
 
-def train(args: Args, stop: Stop) -> None:
-    """One run, alone in its directory: begun, continued, or left as it is when it is finished."""
+def run(args: Args, stop: Stop) -> None:
+    """Begin a run or continue it, alone in its directory; leave a finished one as it is."""
     run_dir = args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    flags = json.loads(json.dumps(asdict(args), default=str))
-    needed = memory_needed(int(make_envs(args.env_id, 1, args.seed).action_space.n), args) / 2**30
-    available = memory_available(torch.device(args.device)) / 2**30
-    if needed > available:
+    checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
+    flags = json.loads(json.dumps(asdict(args), default=str))  # as result.json gives them back
+    num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
+    needed, available = memory_needed(num_actions, args) / 2**30, memory_available(torch.device(args.device)) / 2**30
+    if needed > available and (args.overwrite or not result_path.exists()):
         sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
         fail(f"needs {sizes}; lower --buffer-size, --batch-size, --hidden-dim, --n-atoms or --eval-episodes", 1)
     with lock_directory(run_dir):
-        if (run_dir / "result.json").exists() and not args.overwrite:
+        if result_path.exists() and not args.overwrite:
             if not args.resume:
                 fail(f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
-            compare_flags(flags, read_flags(run_dir / "result.json"), run_dir / "result.json")
+            try:
+                saved = dict(json.loads(result_path.read_text())["args"])
+            except Exception:  # such a file can raise anything
+                fail(f"{result_path}: not a result that this script wrote; move it away or pass --overwrite", 1)
+            compare_flags(flags, saved, result_path)
             print(f"{run_dir}: finished already")
-            (run_dir / "checkpoint.pth").unlink(missing_ok=True)  # the run may have been killed before it could
+            checkpoint_path.unlink(missing_ok=True)  # the run may have been killed before it could
             return
-        resumed = (run_dir / "checkpoint.pth").exists() and not args.overwrite
+        resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
             fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
-        print(f"{run_dir}: on {device_name(args)}, with about {needed:.1f} GiB of memory")
-        train_in(run_dir, args, flags, resumed, stop)
+        train(run_dir, args, flags, num_actions, resumed, stop)
 
 
 def device_name(args: Args) -> str:
-    """For people."""
+    """The GPU's name, or the number of the CPU's threads."""
     return torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
-def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) -> None:
-    """From seeding to result.json."""
+def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: bool, stop: Stop) -> None:
+    """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     device = torch.device(args.device)
     torch.manual_seed(args.seed)  # initialisers, at the start and at resets, and random actions before learning starts
@@ -1064,7 +1082,6 @@ def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     generators = {"torch": torch.default_generator, "sampling": generator, "metrics": metrics_generator}
     if device.type == "cuda":
         generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
-    num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
     num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
     agent = Agent(num_actions, num_updates, args, generator)
     replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
@@ -1074,6 +1091,7 @@ def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     counters = load_checkpoint(checkpoint_path, flags, generators, agent, replay) if resumed else Counters()
     if resumed:
         counters.resumed_at.append(counters.step)
+        stop.hint = "; --resume continues the run"
     if args.track:
         import wandb
 
@@ -1083,15 +1101,18 @@ def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
         except wandb.Error as error:  # no login, no network
             fail(f"--track: Weights & Biases says: {' '.join(str(error).split())}", 1)
         counters.wandb_id = tracked.id
-    stale = ("*.tmp",) if resumed else ("result.json", "*.tmp", "*.pth", "events.out.tfevents.*", "video.gif")
-    for pattern in stale:
-        for leftover in run_dir.glob(pattern):  # of an unfinished or overwritten run
-            leftover.unlink()
+    for name in ("result.json", "checkpoint.pth", "model.pth", "video.gif"):  # of an overwritten run
+        if not resumed:
+            (run_dir / name).unlink(missing_ok=True)
+        (run_dir / f"{name}.tmp").unlink(missing_ok=True)
+    if not resumed:
+        rewind_events(run_dir, {})
     writer = SummaryWriter(str(run_dir))
     if not resumed:
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
-    start = f"continued after step {counters.step:,}" if resumed else f"{parameters:,} parameters"
-    print(f"{run_dir}: {start}, {num_updates:,} updates")
+    start = f"continued after step {counters.step:,}, " if resumed else ""
+    size = f"{parameters:,} parameters, {num_updates:,} updates"
+    print(f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(num_actions, args) / 2**30:.1f} GiB")
 
     start_time = time.perf_counter() - counters.seconds
     checkpoint_time = time.perf_counter()
@@ -1103,14 +1124,14 @@ def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
     to_capture = args.cuda_graph and device.type == "cuda"
     progress = tqdm(initial=counters.step, total=args.total_timesteps, desc=args.env_id, unit="step", disable=None)
-    stop.at_once = False
+    stop.obey(at_once=False)
     while True:
         if evaluation_due(counters.step, args):
             measuring_start = time.perf_counter()
             video = [] if args.capture_video and counters.step == args.total_timesteps else None
-            stop.at_once = True  # the checkpoint of this very step is written
+            stop.obey(at_once=True)  # the checkpoint of this very step is written
             returns = evaluate(agent.target, args.env_id, args, video)
-            stop.at_once = False
+            stop.obey(at_once=False)
             mean_return = float(np.mean(returns))
             score = human_normalized_score(args.env_id, mean_return)
             writer.add_scalar("eval/mean_return", mean_return, counters.step)
@@ -1183,13 +1204,14 @@ def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
             writer.flush()
             try:
                 save_checkpoint(checkpoint_path, flags, counters, generators, agent, replay)
-            except OSError as error:
-                print(f"warning: {error.filename}: {error.strerror}; the checkpoint before stays", file=sys.stderr)
+                stop.hint = "; --resume continues the run"
+            except OSError as error:  # the one before stays, if there is one
+                print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
             checkpoint_time = time.perf_counter()
         if stop.signum:
             progress.close()
             writer.close()
-            stop.leave()
+            stop.obey(at_once=True)
     progress.close()
     writer.close()
 
@@ -1210,12 +1232,15 @@ def train_in(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     # fmt: on
     try:
         if args.capture_video:
-            write_atomically(run_dir / "video.gif", lambda file: file.write(to_gif(video)))
+            write_atomically(run_dir / "video.gif", lambda file: save_gif(video, file))
         if args.save_model:
             model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
             write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
-    finally:  # a model that finds no space must not cost the result
-        write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+    except OSError:
+        if not checkpoint_path.exists():  # else --resume repeats the evaluation and writes all three
+            write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+        raise
+    write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
     checkpoint_path.unlink(missing_ok=True)
     if skipped > 0:
         print(f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped")
@@ -1234,14 +1259,6 @@ def evaluation_due(step: int, args: Args) -> bool:
     return step == args.total_timesteps or due(args.eval_interval, step)
 
 
-def read_flags(result_path: Path) -> dict:
-    """The flags of a finished run."""
-    try:
-        return dict(json.loads(result_path.read_text())["args"])
-    except (LookupError, TypeError, ValueError):
-        fail(f"{result_path}: not a result that this script wrote; move it away or pass --overwrite", 1)
-
-
 def evaluate_saved(args: Args) -> None:
     """Play the model at --evaluate: its game, network and seed; --eval-episodes, --eval-epsilon, --device are ours."""
     gif = Path(f"{args.evaluate}.gif")
@@ -1250,22 +1267,21 @@ def evaluate_saved(args: Args) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
             model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        saved = replace(Args(**model["args"]), eval_episodes=args.eval_episodes, eval_epsilon=args.eval_epsilon)
-        if saved.env_id not in GAMES:
-            raise ValueError(saved.env_id)
+        ours = {name: getattr(args, name) for name in ("device", "eval_episodes", "eval_epsilon", "torch_threads")}
+        saved = resolve(replace(Args(**model["args"]), **ours, track=False))
         network = QNetwork(model["num_actions"], saved)
         network.load_state_dict(model["target"])
         if not all(tensor.isfinite().all() for tensor in model["target"].values()):
             raise ValueError("weights that are not finite")
-    except FileNotFoundError:
-        fail(f"--evaluate {str(args.evaluate)!r}: no such file", 1)
-    except UNREADABLE:
+    except OSError as error:
+        fail(f"--evaluate {str(args.evaluate)!r}: {error.strerror or error}", 1)
+    except Exception:  # such a file can raise anything
         fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
     returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)
     print(summary(saved.env_id, returns))
     if args.capture_video:
-        write_atomically(gif, lambda file: file.write(to_gif(video)))
+        write_atomically(gif, lambda file: save_gif(video, file))
 
 
 def summary(env_id: str, returns: list[float]) -> str:
@@ -1277,23 +1293,30 @@ def summary(env_id: str, returns: list[float]) -> str:
 
 
 if __name__ == "__main__":
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # they may be closed
     stop = Stop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop.request)
     # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
-    threading.excepthook = lambda hook_args: None
+    threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
     args = resolve(tyro.cli(Args))
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch has it in convolutions
     try:
-        train(args, stop) if args.evaluate is None else evaluate_saved(args)
+        if args.evaluate is None:
+            run(args, stop)
+        else:
+            evaluate_saved(args)
     except FloatingPointError as error:
         fail(f"{error}", 1)
     except (MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not memory:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         fail("out of memory; lower --buffer-size, --batch-size, --hidden-dim or --n-atoms", 1)
     except OSError as error:  # no permission, no space, no such directory
         fail(f"cannot write {error.filename or args.run_dir}: {error.strerror or error}", 1)
+    finally:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)  # on the way out, one more changes nothing

@@ -88,7 +88,7 @@ def recorded(monkeypatch):
 
     def train(recording, args, stop=None):
         monkeypatch.setattr(atari, "make_envs", lambda *_: recording)
-        atari.train(args, stop or atari.Stop())
+        atari.run(args, stop or atari.Stop())
         return kept["agent"], kept["replay"]
 
     return train
@@ -268,8 +268,11 @@ def test_resume_starts_where_there_is_nothing_and_leaves_a_finished_run_alone(tm
     assert listing(run_dir) == before
     error = refused(lambda: recorded(Recording(), make_args(tmp_path, resume=True, sam_rho=0.2)), capsys)
     assert "--sam-rho 0.1" in error
-    (run_dir / "result.json").write_text("{")
-    assert "not a result" in refused(lambda: recorded(Recording(), make_args(tmp_path, resume=True)), capsys)
+    for text in ("", "{", "null", "[" * 100_000, '{"args": 3}'):
+        (run_dir / "result.json").write_text(text)
+        assert "not a result" in refused(lambda: recorded(Recording(), make_args(tmp_path, resume=True)), capsys)
+    (run_dir / "result.json").write_text('{"args": [[1, 2]]}')
+    assert "another version" in refused(lambda: recorded(Recording(), make_args(tmp_path, resume=True)), capsys)
 
 
 OTHER_FLAGS = {
@@ -284,8 +287,8 @@ def test_other_flags_are_refused_by_name(tmp_path, recorded, capsys, name):
     before = listing(run_dir)
     flags = {"resume": True, name: OTHER_FLAGS[name]}
     error = refused(lambda: recorded(Recording(), make_args(tmp_path, **flags)), capsys)
-    saved = make_args(tmp_path)
-    assert f"with --{name.replace('_', '-')} {getattr(saved, name)};" in error
+    flag, saved = name.replace("_", "-"), getattr(make_args(tmp_path), name)
+    assert f"with --{flag} {saved};" in error or (saved is True and f"with --{flag};" in error)
     assert listing(run_dir) == before
 
 
@@ -345,6 +348,12 @@ def without(key):
     return edit
 
 
+def flip_bytes(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 100] = bytes(255 - byte for byte in data[len(data) // 2 :][:100])
+    path.write_bytes(data)
+
+
 BAD_CHECKPOINTS = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("not a checkpoint"),
@@ -356,10 +365,18 @@ BAD_CHECKPOINTS = {
     "another version": change(version=atari.CHECKPOINT_VERSION + 1),
     "a list": lambda path: torch.save([1, 2], path),
     "no flags": without("args"),
+    "other flags": change(args={"total_timesteps": 60, "rho": 1}),
     "no tensors": without("tensors"),
     "no generators": without("generators"),
     "no events": without("events"),
     "other counters": change(counters={"steps": 3}),
+    "a step that is a word": change(counters={"step": "5"}),
+    "a step past the end": change(counters={"step": 10**6}),
+    "a negative step": change(counters={"step": -50}),
+    "continued at nothing": change(counters={"step": 41, "resumed_at": None}),
+    "events that are a number": change(events=3),
+    "weights that are not finite": change_tensor("online.head.value.output.bias_mu", torch.full((5,), math.nan)),
+    "flipped bytes": flip_bytes,
     "another shape": change_tensor("replay.frames", torch.zeros((5, 84, 84), dtype=torch.uint8)),
     "another type": change_tensor("counts", torch.zeros(4)),
     "one tensor too many": change_tensor("replay.extra", torch.zeros(4)),
@@ -374,8 +391,13 @@ def test_a_file_that_is_no_checkpoint_gets_one_line_and_stays(tmp_path, recorded
     BAD_CHECKPOINTS[kind](run_dir / "checkpoint.pth")
     before = {path.name: path.stat().st_size for path in run_dir.iterdir()}
     error = refused(lambda: recorded(Recording(), make_args(tmp_path, resume=True)), capsys)
-    assert "checkpoint.pth: not a checkpoint" in error
-    assert "--overwrite" in error
+    if kind == "a directory":
+        assert error == f"error: {run_dir / 'checkpoint.pth'}: Is a directory\n"
+    elif kind == "other flags":
+        assert "another version of this script" in error
+    else:
+        assert "checkpoint.pth: not a checkpoint" in error
+        assert "--overwrite" in error
     assert {path.name: path.stat().st_size for path in run_dir.iterdir()} == before
     assert not (tmp_path / "evil").exists()
 
@@ -405,7 +427,7 @@ def test_a_continued_run_begins_with_other_no_ops_than_the_first_process_and_the
     run_dir = stopped_run(tmp_path, recorded)
     seeds, recording = [], Recording()
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: seeds.append(seed) or recording)
-    atari.train(make_args(tmp_path, resume=True), atari.Stop())
+    atari.run(make_args(tmp_path, resume=True), atari.Stop())
     assert (run_dir / "result.json").exists()
     *_, seed = seeds  # the ones before only ask for the number of actions
     assert seed not in (1, *range(20_000, 30_000))
@@ -455,7 +477,7 @@ def test_a_checkpoint_that_finds_no_space_leaves_the_one_before_and_the_run_goes
     assert seen == [True, True]  # at steps 50 and 60
     error = capsys.readouterr().err
     assert error.count("\n") == 2
-    assert f"warning: {run_dir / 'checkpoint.pth'}: No space left on device" in error
+    assert f"warning: {run_dir / 'checkpoint.pth'} not written: No space left on device" in error
     assert not list(run_dir.glob("*.tmp"))
     assert (run_dir / "result.json").exists()
 
@@ -520,7 +542,7 @@ print((peak - before) / atari.memory_needed(18, args))
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(atari, "memory_available", lambda device: 2**29)
-    error = refused(lambda: atari.train(make_args(tmp_path, buffer_size=100_000), atari.Stop()), capsys)
+    error = refused(lambda: atari.run(make_args(tmp_path, buffer_size=100_000), atari.Stop()), capsys)
     assert "needs about 0.7 GiB of memory, and cpu has 0.5 free" in error
     assert list(tmp_path.iterdir()) == []
 
@@ -539,6 +561,49 @@ def test_the_memory_available_is_that_of_the_machine_or_of_the_container(monkeyp
     assert atari.memory_available(torch.device("cpu")) == 2**20
     files.clear()
     assert atari.memory_available(torch.device("cpu")) == math.inf
+
+
+def test_a_model_that_cannot_be_written_can_be_written_by_the_next_try(tmp_path, recorded, monkeypatch):
+    """The evaluation is repeated, no more. Without checkpoints there is no next try: the result is there at once."""
+    write, full = atari.write_atomically, [True]
+
+    def no_space(path, content):
+        if path.name == "model.pth" and full[0]:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(atari, "write_atomically", no_space)
+    flags = dict(resume=True, save_model=True)
+    with pytest.raises(OSError):
+        recorded(Recording(), make_args(tmp_path / "a", **flags))
+    (run_dir,) = (tmp_path / "a").iterdir()
+    assert not (run_dir / "result.json").exists()
+    with pytest.raises(OSError):
+        recorded(Recording(), make_args(tmp_path / "b", checkpoint_interval=0, **flags))
+    assert (tmp_path / "b" / run_dir.name / "result.json").exists()
+    full[0] = False
+    recording = Recording()
+    recorded(recording, make_args(tmp_path / "a", **flags))
+    assert recording.actions == []
+    assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {"", "events", "result", "model"}
+
+
+def test_a_file_of_yours_in_the_runs_directory_stays(tmp_path, recorded):
+    run_dir = tmp_path / "Alien__x__1"
+    run_dir.mkdir()
+    for name in ("mine.pth", "mine.tmp", "notes.txt"):
+        (run_dir / name).write_text("mine")
+    recorded(Recording(), make_args(tmp_path))
+    recorded(Recording(), make_args(tmp_path, overwrite=True))
+    assert {"mine.pth", "mine.tmp", "notes.txt", "result.json"} <= {path.name for path in run_dir.iterdir()}
+
+
+def test_what_a_stop_says_is_true(tmp_path, recorded, capsys):
+    for flags, hint in ((dict(checkpoint_interval=0), ""), (dict(exp_name="y"), "; --resume continues the run")):
+        recording = Recording()
+        with pytest.raises(SystemExit):
+            recorded(recording, make_args(tmp_path, **flags), stop_at(recording, 41))
+        assert capsys.readouterr().err == f"error: stopped by SIGTERM{hint}\n"
 
 
 # --- Faults in the numbers --------------------------------------------------------------------------------------------
@@ -704,6 +769,23 @@ def test_a_signal_writes_a_last_checkpoint_and_the_run_goes_on_from_there(tmp_pa
     assert check_like_unbroken(run_dir, 400, 2 * 381)["resumed_at"] == [step]
 
 
+def test_impatient_signals_and_closed_streams(tmp_path):
+    """Ten signals in a row, of both kinds: one of them counts. And nobody need read what the script says."""
+    run_dir = tmp_path / "Alien__x__1"
+    process = start(tmp_path, "--total-timesteps", "60", "--eval-episodes", "100")
+    wait_for((run_dir / "checkpoint.pth").exists, process)
+    for signum in (signal.SIGTERM, signal.SIGINT) * 5:
+        process.send_signal(signum)
+        time.sleep(0.01)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (130, 143)
+    assert error.count("\n") == 1, error
+    command = [sys.executable, str(SCRIPT), "--run-dir", str(tmp_path), *FLAGS, "--total-timesteps", "30"]
+    closed = ["bash", "-c", 'exec "$@" >&- 2>&-', "bash", *command, "--exp-name", "closed"]
+    assert subprocess.run(closed, timeout=120).returncode == 0
+    assert (tmp_path / "Alien__closed__1" / "result.json").exists()
+
+
 def test_a_signal_during_the_evaluation_ends_it_and_only_the_evaluation_is_repeated(tmp_path):
     run_dir = tmp_path / "Alien__x__1"
     process = start(tmp_path, "--total-timesteps", "60", "--eval-episodes", "100")
@@ -715,6 +797,16 @@ def test_a_signal_during_the_evaluation_ends_it_and_only_the_evaluation_is_repea
     assert (process.returncode, error.count("\n")) == (143, 1)
     assert time.monotonic() - begin < 20
     assert torch.load(run_dir / "checkpoint.pth", weights_only=True)["counters"]["step"] == 60
+
+
+def test_a_directory_that_is_deleted_during_the_run(tmp_path):
+    run_dir = tmp_path / "Alien__x__1"
+    process = start(tmp_path, "--total-timesteps", "100000", "--checkpoint-interval", "0")
+    wait_for(lambda: any(path.stat().st_size > 2000 for path in run_dir.glob("events*")), process)
+    shutil.rmtree(run_dir)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (143, "error: stopped by SIGTERM\n")
 
 
 def test_two_processes_in_one_directory(tmp_path):
@@ -746,7 +838,7 @@ def test_a_disk_that_is_full_during_a_checkpoint_costs_only_that_checkpoint(tmp_
     before = (run_dir / "checkpoint.pth").read_bytes()
     process = start(tmp_path, "--total-timesteps", "100000", "--checkpoint-interval", "50", limit=2000)
     assert "warning: " in (line := process.stderr.readline())
-    assert "checkpoint.pth: File too large" in line
+    assert "checkpoint.pth not written: File too large" in line
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143

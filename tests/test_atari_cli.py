@@ -99,7 +99,7 @@ def test_equal_seeds_give_equal_runs_and_measuring_changes_nothing(tmp_path):
     kept = []
     for flags in runs:
         args = short_args(tmp_path, reset_interval=20, **flags)
-        atari.train(args, atari.Stop())
+        atari.run(args, atari.Stop())
         kept.append(weights(tmp_path, args))
     a, b, c, d = kept
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -137,7 +137,7 @@ def test_a_finished_run_is_kept_unless_overwrite(tmp_path):
 
 def test_an_evaluation_of_a_saved_model_takes_the_files_game_and_network(tmp_path):
     args = short_args(tmp_path, env_id="MsPacman", hidden_dim=8, n_atoms=7, crelu=False, layer_norm_scope="all")
-    atari.train(args, atari.Stop())
+    atari.run(args, atari.Stop())
     path = tmp_path / "MsPacman__plastic_drq_rainbow_atari__1" / "model.pth"
     evaluated = run(tmp_path, "--evaluate", str(path), "--eval-episodes", "1", "--device", "cpu", "--capture-video")
     assert evaluated.returncode == 0, evaluated.stderr
@@ -152,7 +152,7 @@ def test_an_evaluation_of_a_saved_model_takes_the_files_game_and_network(tmp_pat
 def test_an_evaluation_of_a_saved_model_keeps_its_seed_and_takes_the_commands_episodes(tmp_path, monkeypatch):
     played = []
     monkeypatch.setattr(atari, "evaluate", lambda *call: played.append(call) or [1.0])
-    atari.train(short_args(tmp_path, hidden_dim=4, n_atoms=3, seed=5), atari.Stop())
+    atari.run(short_args(tmp_path, hidden_dim=4, n_atoms=3, seed=5), atari.Stop())
     path = tmp_path / "Alien__plastic_drq_rainbow_atari__5" / "model.pth"
     flags = dict(evaluate=path, seed=9, env_id="Pong", eval_episodes=7, eval_epsilon=0.25, device="cpu")
     atari.evaluate_saved(atari.resolve(atari.Args(**flags)))
@@ -176,6 +176,7 @@ BAD_FLAGS = {
     "--env-id ../x": "no such Atari game",
     "--env-id x\\n": "no such Atari game",
     "--exp-name a\udcff": "--exp-name",
+    "--run-dir a\udcff": "--run-dir",
     "--seed -1": "--seed",
     "--seed 200001": "--seed",
     "--exp-name a/b": "--exp-name",
@@ -220,6 +221,7 @@ BAD_FLAGS = {
     "--metrics-interval -1": "--metrics-interval",
     "--log-interval 0": "--log-interval",
     "--torch-threads -1": "--torch-threads",
+    "--max-grad-norm inf": "--max-grad-norm",
     "--checkpoint-interval -1": "--checkpoint-interval",
     "--checkpoint-interval often": "--checkpoint-interval",
     "--resume --overwrite": "--resume",
@@ -256,13 +258,15 @@ def test_any_of_envpools_atari_games_is_allowed(game):
         ("--env-id Braekout", 2, "Breakout"),
         ("--run-dir file/runs", 1, "file"),
         ("--run-dir /proc/runs", 1, "/proc/runs"),
-        ("--evaluate missing.pth", 1, "no such file"),
+        ("--evaluate missing.pth", 1, "No such file"),
         ("--track", 1, "pip install wandb"),
         ("--evaluate file", 1, "--save-model"),
         ("--evaluate foreign.pth", 1, "--save-model"),
-        ("--evaluate .", 1, "--save-model"),
+        ("--evaluate .", 1, "Is a directory"),
         ("--evaluate nan.pth", 1, "--save-model"),
         ("--evaluate truncated.pth", 1, "--save-model"),
+        ("--evaluate seed.pth", 1, "--save-model"),
+        ("--evaluate large_seed.pth", 2, "--seed"),
         ("--buffer-size 1000000000", 1, "GiB of memory"),
         ("--hidden-dim 1000000 --n-atoms 100000", 1, "--hidden-dim"),
         ("--batch-size 65536 --n-atoms 1000", 1, "--batch-size"),
@@ -279,6 +283,8 @@ def test_the_script_ends_with_one_line_no_traceback_and_nothing_written(tmp_path
     weights = atari.QNetwork(3, args).state_dict()
     torch.save(model | {"target": weights | {"backbone.0.bias": torch.full((32,), math.nan)}}, tmp_path / "nan.pth")
     torch.save(model | {"target": weights}, tmp_path / "whole.pth")
+    for name, seed in (("seed", "x"), ("large_seed", 10**30)):
+        torch.save(model | {"target": weights, "args": model["args"] | {"seed": seed}}, tmp_path / f"{name}.pth")
     (tmp_path / "truncated.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:20_000])
     before = sorted(path.name for path in tmp_path.iterdir())
     finished = run(tmp_path, *flags.split())
@@ -308,7 +314,7 @@ def test_a_hundred_skipped_updates_in_a_row_end_the_run(tmp_path, monkeypatch, c
     monkeypatch.setattr(atari, "td_error", lambda log_probs, action, td_target: log_probs.sum((1, 2)) * math.nan)
     args = short_args(tmp_path, total_timesteps=200, log_interval=10, hidden_dim=4, n_atoms=3)
     with pytest.raises(SystemExit) as exit_info:
-        atari.train(args, atari.Stop())
+        atari.run(args, atari.Stop())
     assert exit_info.value.code == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -324,7 +330,7 @@ def test_a_run_with_a_few_skipped_updates_goes_on_and_counts_them(tmp_path, monk
         return original(log_probs, action, td_target) * (math.nan if len(calls) in (5, 6, 20) else 1.0)
 
     monkeypatch.setattr(atari, "td_error", sometimes_nan)
-    atari.train(short_args(tmp_path, sam_rho=0.0, hidden_dim=4, n_atoms=3), atari.Stop())
+    atari.run(short_args(tmp_path, sam_rho=0.0, hidden_dim=4, n_atoms=3), atari.Stop())
     (path,) = tmp_path.glob("*/result.json")
     result = json.loads(path.read_text())
     assert (result["skipped_updates"], result["gradient_updates"]) == (3, 52)

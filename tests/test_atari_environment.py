@@ -212,7 +212,7 @@ def run_on(monkeypatch, tmp_path, envs, total_timesteps, evaluate=lambda *_: [1.
     monkeypatch.setattr(atari, "Agent", IdleAgent)
     flags = dict(learning_starts=10, hidden_dim=4, n_atoms=3, buffer_size=200) | flags
     args = atari.resolve(atari.Args(device="cpu", run_dir=tmp_path, total_timesteps=total_timesteps, **flags))
-    atari.train(args, atari.Stop())
+    atari.run(args, atari.Stop())
     (path,) = tmp_path.glob("*/result.json")
     return kept, json.loads(path.read_text())
 
@@ -301,7 +301,7 @@ def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(monkey
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     monkeypatch.setattr(atari, "evaluate", lambda network, env_id, args, video: [0.0])
     args = atari.Args(device="cpu", run_dir=tmp_path, replay_ratio=replay_ratio, hidden_dim=4, log_interval=50_000)
-    atari.train(atari.resolve(args), atari.Stop())
+    atari.run(atari.resolve(args), atari.Stop())
     (path,) = tmp_path.glob("*/result.json")
     result = json.loads(path.read_text())
     assert result["gradient_updates"] == kept["updates"] == 98_001 * replay_ratio
