@@ -913,8 +913,8 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
             else:
                 generator.manual_seed(generator.initial_seed() + counters.step)
         events = dict(checkpoint["events"])
-    except OSError as error:
-        fail(f"{path}: {error.strerror or error}", 1)
+    except (IsADirectoryError, PermissionError) as error:
+        fail(f"{path}: {error.strerror}", 1)
     except Exception:  # such a file can raise anything
         fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
     rewind_events(path.parent, events)
@@ -1273,8 +1273,8 @@ def evaluate_saved(args: Args) -> None:
         network.load_state_dict(model["target"])
         if not all(tensor.isfinite().all() for tensor in model["target"].values()):
             raise ValueError("weights that are not finite")
-    except OSError as error:
-        fail(f"--evaluate {str(args.evaluate)!r}: {error.strerror or error}", 1)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        fail(f"--evaluate {str(args.evaluate)!r}: {error.strerror}", 1)
     except Exception:  # such a file can raise anything
         fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
