@@ -614,15 +614,16 @@ class Agent:
             shrink_and_perturb(self.online, self.target, self.args.shrink_perturb_alpha)
 
 
-def capture(function: Callable[[], Tensor], agent: Agent, replay: ReplayBuffer) -> Callable[[], Tensor]:
+def capture(
+    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[torch.Generator, ...] = ()
+) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
     The function must not wait for the device, and everything that changes must lie in tensors that stay where they
     are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
-    choose kernels and fill its caches; all that they change is put back, the generator too.
+    choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
     """
-    tensors = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-    saved, generator_state = [tensor.clone() for tensor in tensors], agent.generator.get_state()
+    saved, states = [tensor.clone() for tensor in tensors], [generator.get_state() for generator in generators]
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -630,11 +631,13 @@ def capture(function: Callable[[], Tensor], agent: Agent, replay: ReplayBuffer) 
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(agent.generator)
+    for generator in generators:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         output = function()
     torch._foreach_copy_(tensors, saved)
-    agent.generator.set_state(generator_state)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
 
     def run_graph() -> Tensor:
         graph.replay()
@@ -688,8 +691,8 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
 
 
 @torch.no_grad()
-def active_units(network: QNetwork, images: Tensor) -> dict[str, float]:
-    """Share of activations above 0 (Fig. 4), without noise: of each layer, and of the whole backbone and head.
+def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
+    """Share of activations above 0 (Fig. 4) when `forward` runs the network: by layer, and in all backbone and head.
 
     Of CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
     """
@@ -703,7 +706,7 @@ def active_units(network: QNetwork, images: Tensor) -> dict[str, float]:
 
     layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)]
     hooks = [module.register_forward_hook(count(name)) for name, module in layers]
-    network(images, noisy=False)
+    forward()
     for hook in hooks:
         hook.remove()
     for part in ("backbone", "head"):
@@ -746,8 +749,9 @@ def max_eigenvalue(
 def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Generator) -> dict[str, float]:
     """Active units on 512 transitions and sharpness on 32, drawn uniformly; no noise, no augmentation, unit weights."""
     batch = replay.sample_uniform(512, generator)
-    metrics = {f"active_units/{k}": v for k, v in active_units(agent.online, to_images(batch.obs)).items()}
-    batch = Batch(*(field[:32] for field in batch))
+    units = active_units(agent.online, lambda: agent.online(to_images(batch.obs), noisy=False))
+    metrics = {f"active_units/{name}": share for name, share in units.items()}
+    batch = Batch(*(entry[:32] for entry in batch))
     td_target = agent.td_target(batch, to_images(batch.next_obs), noisy=False)
     # Past the network's forward(): its scaled gradient is not the loss's, and its Jacobian not symmetric.
     log_probs = agent.online.head(agent.online.backbone(to_images(batch.obs)), noisy=False)
@@ -1166,7 +1170,8 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
 
         if step >= args.learning_starts:
             if to_capture:
-                update, act = capture(update, agent, replay), capture(act, agent, replay)
+                changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
+                update, act = (capture(function, changing, (generator,)) for function in (update, act))
                 to_capture = False
             for _ in range(args.replay_ratio):
                 statistics = update()

@@ -119,7 +119,8 @@ def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]
         eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
         update, graph_act = eager_update, act
         if device == "cuda" and variant is None:
-            update, graph_act = script.capture(eager_update, agent, replay), script.capture(act, agent, replay)
+            changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
+            update, graph_act = (script.capture(function, changing, (generator,)) for function in (eager_update, act))
         return Subject(
             update=update,
             eager_update=eager_update,

@@ -35,6 +35,14 @@ def everything(agent, replay):
     return [*agent.tensors().values(), replay.priorities, replay.max_priority]
 
 
+def captured_update(agent, replay):
+    return atari.capture(lambda: agent.update(replay), everything(agent, replay), (agent.generator,))
+
+
+def captured_act(agent, replay):
+    return atari.capture(lambda: agent.act(replay.newest()), everything(agent, replay), (agent.generator,))
+
+
 def pointers(agent, replay):
     tensors = [*everything(agent, replay), replay.frames, replay.actions, replay.rewards, replay.ends]
     tensors += [replay.newest_slot, replay.gammas, agent.optimizer.found_inf, *agent.sam_backup]
@@ -108,7 +116,9 @@ def test_a_capture_leaves_no_trace(stand_in_cuda, method, updates_before):
             agent.update(replay)
         before = [tensor.clone() for tensor in everything(agent, replay)]
         if captured:
-            output = atari.capture(lambda agent=agent, replay=replay: agent.update(replay), agent, replay)()
+            output = atari.capture(
+                lambda agent=agent, replay=replay: agent.update(replay), everything(agent, replay), (agent.generator,)
+            )()
             assert output.shape == (3,)
         assert all(torch.equal(a, b) for a, b in zip(before, everything(agent, replay), strict=True))
         for _ in range(3):
@@ -123,8 +133,16 @@ def test_captured_and_eager_updates_give_the_same_numbers(method):
     results = []
     for captured in (False, True):
         agent, replay = make("cuda", **METHODS[method])
-        update = atari.capture(lambda a=agent, r=replay: a.update(r), agent, replay) if captured else None
-        act = atari.capture(lambda a=agent, r=replay: a.act(r.newest()), agent, replay) if captured else None
+        update = (
+            atari.capture(lambda a=agent, r=replay: a.update(r), everything(agent, replay), (agent.generator,))
+            if captured
+            else None
+        )
+        act = (
+            atari.capture(lambda a=agent, r=replay: a.act(r.newest()), everything(agent, replay), (agent.generator,))
+            if captured
+            else None
+        )
         trace = []
         for step in range(12):
             trace.append((update() if captured else agent.update(replay)).clone())
@@ -152,7 +170,7 @@ def test_an_eager_update_on_cuda_does_not_wait_either():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_captured_update_skips_a_non_finite_gradient():
     agent, replay = make("cuda")
-    update = atari.capture(lambda: agent.update(replay), agent, replay)
+    update = captured_update(agent, replay)
     update()
     rewards, before = replay.rewards.clone(), [tensor.clone() for tensor in everything(agent, replay)]
     replay.rewards.fill_(torch.nan)

@@ -524,7 +524,8 @@ class HandMade(nn.Module):
 
 
 def test_active_units_of_a_hand_made_network():
-    shares = atari.active_units(HandMade(), torch.tensor([[1.0, -1.0], [2.0, 3.0]]))
+    network, images = HandMade(), torch.tensor([[1.0, -1.0], [2.0, 3.0]])
+    shares = atari.active_units(network, lambda: network(images, noisy=False))
     assert shares == {"backbone.0": 0.75, "head.0": 0.25, "backbone": 0.75, "head": 0.25}
 
 
