@@ -312,10 +312,15 @@ def test_a_checkpoint_of_another_kind_of_device_continues_with_new_draws(tmp_pat
     checkpoint["args"]["device"] = "cuda"  # whose generators' states have another length
     for name in ("sampling", "metrics"):
         checkpoint["generators"][name] = torch.zeros(16, dtype=torch.uint8)
+    checkpoint["counters"]["seconds"] = 1000.0
     torch.save(checkpoint, run_dir / "checkpoint.pth")
     agent, _ = recorded(Recording(), make_args(tmp_path, resume=True))
-    assert json.loads((run_dir / "result.json").read_text())["gradient_updates"] == 2 * 41
-    assert agent.generator.initial_seed() != make_args(tmp_path).seed
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["gradient_updates"] == 2 * 41
+    assert 1000 < result["wall_clock_seconds"] < 1100
+    torch.manual_seed(1)
+    first_seed = int(torch.randint(2**31, (2,))[0])
+    assert agent.generator.initial_seed() == first_seed + 41
 
 
 class Evil:
@@ -495,6 +500,17 @@ def test_a_continued_run_goes_on_under_the_same_id_at_weights_and_biases(tmp_pat
     stopped_run(tmp_path, recorded, track=True)
     recorded(Recording(), make_args(tmp_path, resume=True, track=True))
     assert calls == [(None, "allow"), ("id7", "allow")]
+
+
+def test_of_two_signals_the_first_one_counts():
+    stop = atari.Stop()
+    stop.obey(at_once=False)
+    stop.request(signal.SIGTERM)
+    stop.request(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit_info:
+        stop.obey(at_once=True)
+    assert exit_info.value.code == 143
+    stop.request(signal.SIGINT)  # on the way out: nothing
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
