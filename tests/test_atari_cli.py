@@ -98,7 +98,7 @@ def test_equal_seeds_give_equal_runs_and_measuring_changes_nothing(tmp_path):
     ]
     kept = []
     for flags in runs:
-        args = short_args(tmp_path, reset_interval=20, **flags)
+        args = short_args(tmp_path, reset_interval=20, hidden_dim=16, n_atoms=11, **flags)
         atari.run(args, atari.Stop())
         kept.append(weights(tmp_path, args))
     a, b, c, d = kept
@@ -108,7 +108,7 @@ def test_equal_seeds_give_equal_runs_and_measuring_changes_nothing(tmp_path):
 
 
 def test_a_finished_run_is_kept_unless_overwrite(tmp_path):
-    first = run(tmp_path, *SHORT, *BASE, "--save-model", "--capture-video")
+    first = run(tmp_path, *SHORT, *BASE, "--hidden-dim", "8", "--save-model", "--capture-video")
     assert first.returncode == 0, first.stderr
     (directory,) = tmp_path.glob("runs/*")
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
@@ -349,7 +349,7 @@ def init(**kwargs):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").write_text(stand_in)
     env = {"PYTHONPATH": str(tmp_path / "site")}
-    flags = [*SHORT, *BASE, "--wandb-project-name", "p", "--wandb-entity", "e"]
+    flags = [*SHORT, *BASE, "--hidden-dim", "4", "--wandb-project-name", "p", "--wandb-entity", "e"]
     assert run(tmp_path, *flags, env=env).returncode == 0
     assert not (tmp_path / "tracked.json").exists()
     assert run(tmp_path, *flags, "--track", "--seed", "2", env=env).returncode == 0

@@ -301,6 +301,7 @@ def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(monkey
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     monkeypatch.setattr(atari, "evaluate", lambda network, env_id, args, video: [0.0])
     args = atari.Args(device="cpu", run_dir=tmp_path, replay_ratio=replay_ratio, hidden_dim=4, log_interval=50_000)
+    args.checkpoint_interval = 0
     atari.run(atari.resolve(args), atari.Stop())
     (path,) = tmp_path.glob("*/result.json")
     result = json.loads(path.read_text())

@@ -84,6 +84,14 @@ def test_a_quick_run_writes_all_figures(tmp_path):
         assert 0.7 < figure["memory_gib"] < 1.5  # 0.66 GiB of frames, 0.13 of 7 million floats five times
         hours = 100_000 * (figure["act_ms"] + figure["env_step_ms"]) + 196_002 * figure["update_ms"]
         assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
+    methods = figures["synth_cifar_plasticity.py"]
+    cases = ("plain loop", "1 seeds", "3 seeds")
+    assert list(methods) == [f"{method}, {case}" for method in ("base", "SAM") for case in cases]
+    for name, figure in methods.items():
+        seeds = 1 if "plain" in name else int(name.split()[1])
+        assert figure["update_ms_per_seed"] == figure["update_ms"] / seeds > 0
+        if "plain" not in name:
+            assert set(figure["parts_ms"]) == {"batch", "forward", "backward", "sgd", "other"}
 
 
 def test_the_variants_compute_the_same_update(monkeypatch):
@@ -98,7 +106,7 @@ def test_the_variants_compute_the_same_update(monkeypatch):
             KeptAgent.last = self
 
     monkeypatch.setattr(speed.atari_script, "Agent", KeptAgent)
-    for name, prepare in speed.atari("cpu", 100).items():
+    for name, prepare in speed.atari("cpu", quick=True).items():
         subject = prepare()
         with speed.patched(subject):
             for _ in range(2):
