@@ -223,18 +223,6 @@ class CReLU(nn.Module):
         return torch.cat([F.relu(x), F.relu(-x)], dim=1)
 
 
-class Conv3x3(nn.Conv2d):
-    """Convolution without padding as a matrix product over patches: fast, too, when every replica has own weights."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__(in_channels, out_channels, 3, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = x.unfold(2, 3, self.stride[0]).unfold(3, 3, self.stride[0])  # [B, C, h, w, 3, 3]
-        output = patches.permute(0, 2, 3, 1, 4, 5).flatten(3) @ self.weight.flatten(1).T + self.bias
-        return output.permute(0, 3, 1, 2)
-
-
 class Network(nn.Module):
     """Three convolutions (32, 64, 64 channels) and three fully connected layers (512, 128, 10) (section 3)."""
 
@@ -245,7 +233,7 @@ class Network(nn.Module):
         layers: list[nn.Module] = []
         size, in_channels = 32, 3
         for channels, stride in zip((32, 64, 64), args.conv_strides, strict=True):
-            layers.append(Conv3x3(in_channels, channels, stride))
+            layers.append(nn.Conv2d(in_channels, channels, 3, stride))
             if args.layer_norm:
                 layers.append(norm(channels))
             layers.append(CReLU() if crelu else nn.ReLU())

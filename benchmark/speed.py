@@ -14,7 +14,7 @@ its own, the weights never composed), "contiguous" (images and convolutions in P
 On CUDA these run eagerly: compare them by eager_update_ms.
 
 The synthetic experiment trains its seeds side by side: its figures are for 1, 3, 10 and 30 seeds (quick: 1 and 3) and
-for a plain loop, one network with nn.Conv2d and torch.optim.SGD. Its images are random here.
+for a plain loop, one network with torch.optim.SGD. Its images are random here.
 
 A script adds itself with a function like atari() and an entry in SCRIPTS.
 """
@@ -175,11 +175,7 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     def plain_update(ensemble: script.Ensemble) -> Callable[[], object]:
         """As one would write it for one seed."""
         torch.manual_seed(1)
-        args, network = ensemble.args, script.Network(ensemble.args)
-        for i, layer in enumerate(network.backbone):
-            if isinstance(layer, script.Conv3x3):
-                network.backbone[i] = torch.nn.Conv2d(layer.in_channels, layer.out_channels, 3, layer.stride)
-        network.to(device)
+        args, network = ensemble.args, script.Network(ensemble.args).to(device)
         parameters = list(network.parameters())
         sgd = torch.optim.SGD(
             parameters, lr=args.learning_rate[0], momentum=args.momentum, weight_decay=args.weight_decay[0]

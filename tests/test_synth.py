@@ -212,14 +212,6 @@ def test_labels_of_a_stage_are_a_permutation_of_the_classes(data_dir):
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride, size", [(1, 3), (1, 10), (3, 32), (2, 9)])
-def test_the_convolution_is_pytorchs(stride, size):
-    conv = synth.Conv3x3(5, 7, stride)
-    x = torch.randn(4, 5, size, size)
-    expected = F.conv2d(x, conv.weight, conv.bias, stride)
-    torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_layer_norm_by_sample_is_group_norm_with_one_group():
     norm = synth.SampleLayerNorm(6)
     torch.nn.init.normal_(norm.weight)
