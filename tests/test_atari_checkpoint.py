@@ -297,7 +297,7 @@ def test_flags_that_change_nothing_of_the_run_may_change_and_it_may_grow(tmp_pat
     moved = tmp_path / "moved" / run_dir.name
     moved.parent.mkdir()
     shutil.move(run_dir, moved)
-    (moved / "checkpoint.pth.tmp").write_bytes(b"half of one, from a kill while it was written")
+    (moved / "video.gif.tmp").write_bytes(b"half of one, from a kill while it was written")
     flags = dict(total_timesteps=70, log_interval=5, eval_interval=65, checkpoint_interval=7, cuda_graph=False)
     recorded(Recording(), make_args(tmp_path / "moved", resume=True, save_model=True, **flags))
     result = json.loads((moved / "result.json").read_text())
