@@ -49,7 +49,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -254,46 +255,51 @@ class Network(nn.Module):
         return self.head(self.backbone(images))
 
 
-def fresh_parameters(args: Args, seeds: list[int]) -> dict[str, Tensor]:
-    """Newly initialised parameters of one network per seed, stacked: [len(seeds), ...] by name."""
-    networks = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        networks.append(Network(args))
-    return {name: w.detach() for name, w in stack_module_state(networks)[0].items()}
-
-
 # --- Update -----------------------------------------------------------------------------------------------------------
 
 
 class Ensemble:
-    """All replicas: every pair of learning rate and weight decay times every seed, on a leading axis R.
+    """All replicas: every pair of learning rate and weight decay times every seed.
 
-    Replica r is setting r // S, seed r % S; what one replica does, no other one feels. `counts`, on the device: the
-    update of the stage that is next, and each replica's updates that were skipped for a gradient that is not finite.
+    Replica r is setting r // S, seed r % S, and a row of `weights` and `momentum` [R, P] holds all its parameters; what
+    one replica does, no other one feels. On a GPU all replicas share each kernel; on a CPU, which small kernels keep
+    busy, they take turns. `position` is the next update of the stage, `skipped` [R] counts each replica's updates that
+    were left out for a gradient that is not finite; all of it lies on the device and stays where it is.
     """
 
     def __init__(self, args: Args, data: tuple[np.ndarray, ...], device: torch.device) -> None:
         self.args, self.device = args, device
         self.images, self.labels, self.test_images, self.test_labels = (torch.from_numpy(x).to(device) for x in data)
         self.fingerprint = zlib.crc32(b"".join(x.tobytes() for x in data))  # which images these are
-        self.settings = [(lr, decay) for lr in args.learning_rate for decay in args.weight_decay]
+        self.mean, self.std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+
         self.seeds = [args.first_seed + i for i in range(args.num_seeds)]
-        self.parameters = {
-            name: w.repeat(len(self.settings), *[1] * (w.ndim - 1)).to(device).requires_grad_()
-            for name, w in fresh_parameters(args, self.seeds).items()
-        }
-        self.momentum = {name: torch.zeros_like(w) for name, w in self.parameters.items()}
+        self.settings = [(lr, decay) for lr in args.learning_rate for decay in args.weight_decay]
         settings = torch.tensor(self.settings, device=device).repeat_interleave(args.num_seeds, 0)
-        self.learning_rate, self.weight_decay = settings.unbind(1)
+        self.learning_rate, self.weight_decay = settings[:, :1], settings[:, 1:]
+        num_replicas = len(settings)
+        self.seed_index = torch.arange(num_replicas, device=device) % args.num_seeds
+        self.groups = [slice(r, r + 1) for r in range(num_replicas)] if device.type == "cpu" else [slice(num_replicas)]
+
+        self.network = Network(args).to("meta")  # its shape; the parameters come from `weights`
+        self.shapes = {name: w.shape for name, w in self.network.named_parameters()}
+        self.head_start = sum(w.numel() for w in self.network.backbone.parameters())  # the head's columns are the last
+        self.apply = vmap(lambda parameters, images: functional_call(self.network, parameters, (images,)))
+        self.weights = self.initial_weights(self.seeds)
+        self.momentum = torch.zeros_like(self.weights)
+        self.skipped = torch.zeros(num_replicas, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.skipped = torch.zeros(len(settings), dtype=torch.int64, device=device)
         self.batches = torch.zeros((args.updates_per_stage, args.num_seeds, args.batch_size), dtype=torch.int64)
         self.batches = self.batches.to(device)
         self.stage_labels = torch.zeros((args.num_seeds, 10), dtype=torch.int64, device=device)
-        network = Network(args).to("meta")
-        self.apply = vmap(lambda parameters, images: functional_call(network, parameters, (images,)))
-        self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+
+    def initial_weights(self, seeds: list[int]) -> Tensor:
+        """Newly initialised weights, drawn from these seeds [S], the same for every setting: [R, P]."""
+        rows = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            rows.append(parameters_to_vector(Network(self.args).parameters()).detach())
+        return torch.stack(rows).repeat(len(self.settings), 1).to(self.device)
 
     def start_stage(self, stage: int, position: int = 0) -> None:
         """Draw the stage's minibatches and labels, all a function of seed and stage; go on at update `position`."""
@@ -303,68 +309,71 @@ class Ensemble:
         self.stage_labels.copy_(torch.from_numpy(np.stack([stage_labels(seed, stage, args) for seed in self.seeds])))
         self.position.fill_(position)
 
-    def standardise(self, images: Tensor) -> Tensor:
-        """uint8 [..., 3, 32, 32] -> float32."""
-        return (images.float() / 255 - self.mean) / self.std
-
-    def losses(self, parameters: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of each replica: images [R, B, 3, 32, 32], labels [R, B] -> [R]."""
-        logits = self.apply(parameters, images)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """The next minibatch of every replica: images, float32 [R, B, 3, 32, 32], and labels [R, B]."""
-        index = self.batches[self.position].squeeze(0)  # [S, B]
-        labels = self.stage_labels.gather(1, self.labels[index])
-        images = self.standardise(self.images[index])
-        return images.repeat(len(self.settings), 1, 1, 1, 1), labels.repeat(len(self.settings), 1)
-
-    def update(self) -> Tensor:
-        """One gradient update of every replica. Returns the losses, [R]."""
-        args = self.args
-        images, labels = self.next_batch()
-        losses = self.losses(self.parameters, images, labels)
-        gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
-        if args.sam_rho > 0:  # the gradient to apply is that at w + rho * g / ||g||, the norm of each replica its own
-            scale = args.sam_rho / (replica_norm(gradients) + 1e-12)
-            perturbed = {
-                name: (w + along(scale, g) * g).detach().requires_grad_()
-                for (name, w), g in zip(self.parameters.items(), gradients, strict=True)
-            }
-            loss = self.losses(perturbed, images, labels).sum()
-            gradients = torch.autograd.grad(loss, list(perturbed.values()))
-        applied = replica_norm(gradients).isfinite()
-        self.skipped += ~applied
-        self.sgd(gradients, applied)
-        self.position += 1
-        return losses.detach()
-
-    @torch.no_grad()
-    def sgd(self, gradients: tuple[Tensor, ...], applied: Tensor) -> None:
-        """SGD with momentum and weight decay, in place; replicas outside `applied` [R] keep all that they have."""
-        rate = self.learning_rate * applied
-        for w, m, g in zip(self.parameters.values(), self.momentum.values(), gradients, strict=True):
-            moved = self.args.momentum * m + g + along(self.weight_decay, w) * w
-            m.copy_(torch.where(along(applied, m), moved, m))
-            w.sub_(along(rate, w) * m)
-
     @torch.no_grad()
     def reset_heads(self, stage: int) -> None:
         """Re-initialise the fully connected layers and clear their momentum; in place (section 3)."""
         seeds = [int(np.random.default_rng([seed, 3, stage]).integers(2**63)) for seed in self.seeds]
-        for name, w in fresh_parameters(self.args, seeds).items():
-            if name.startswith("head."):
-                self.parameters[name].copy_(w.repeat(len(self.settings), *[1] * (w.ndim - 1)))
-                self.momentum[name].zero_()
+        self.weights[:, self.head_start :] = self.initial_weights(seeds)[:, self.head_start :]
+        self.momentum[:, self.head_start :] = 0
+
+    def standardise(self, images: Tensor) -> Tensor:
+        """uint8 [..., 3, 32, 32] -> float32."""
+        return (images - self.mean) / self.std
+
+    def forward(self, weights: Tensor, images: Tensor) -> Tensor:
+        """Logits of G replicas, each on images of its own: [G, P], [G, B, 3, 32, 32] -> [G, B, 10]."""
+        parts = weights.split([shape.numel() for shape in self.shapes.values()], dim=1)
+        parameters = {k: part.view(-1, *shape) for (k, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        if len(weights) == 1:  # vmap would take a quarter more time on a CPU
+            return functional_call(self.network, {k: w[0] for k, w in parameters.items()}, (images[0],))[None]
+        return self.apply(parameters, images)
+
+    def gradient(self, weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of each replica, [G], and its gradient, [G, P]."""
+        weights = weights.detach().requires_grad_()
+        logits = self.forward(weights, images)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+        return losses.detach(), torch.autograd.grad(losses.sum(), weights)[0]
+
+    def next_batch(self, group: slice) -> tuple[Tensor, Tensor]:
+        """The minibatch of each replica: standardised images [G, B, 3, 32, 32] and labels [G, B]."""
+        seeds = self.seed_index[group]
+        index = self.batches[self.position, seeds]
+        return self.standardise(self.images[index]), self.stage_labels[seeds].gather(1, self.labels[index])
+
+    @torch.no_grad()
+    def sgd(self, group: slice, gradient: Tensor) -> None:
+        """SGD with momentum and weight decay, in place; a replica whose gradient is not finite stays as it is."""
+        w, m = self.weights[group], self.momentum[group]
+        finite = gradient.isfinite().all(1, keepdim=True)
+        m.copy_(torch.where(finite, self.args.momentum * m + gradient + self.weight_decay[group] * w, m))
+        w.sub_(self.learning_rate[group] * finite * m)
+        self.skipped[group] += ~finite[:, 0]
+
+    def update(self) -> Tensor:
+        """One gradient update of every replica. Returns the losses, [R]."""
+        losses = []
+        for group in self.groups:
+            images, labels = self.next_batch(group)
+            weights = self.weights[group]
+            loss, gradient = self.gradient(weights, images, labels)
+            if self.args.sam_rho > 0:  # SAM applies the gradient at w + rho g / |g|, each replica with its own norm
+                distance = self.args.sam_rho / (gradient.norm(dim=1, keepdim=True) + 1e-12)
+                _, gradient = self.gradient(weights + distance * gradient, images, labels)
+            self.sgd(group, gradient)
+            losses.append(loss)
+        self.position += 1
+        return torch.cat(losses)
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor, index: Tensor) -> list[float]:
         """Share of images `index` [S, N] whose label in this stage is predicted, of each replica."""
-        correct = torch.zeros_like(self.learning_rate)
-        for part in index.split(500, dim=1):
-            batch = self.standardise(images[part]).repeat(len(self.settings), 1, 1, 1, 1)
-            predicted = self.apply(self.parameters, batch).argmax(2)
-            correct += (predicted == self.stage_labels.gather(1, labels[part]).repeat(len(self.settings), 1)).sum(1)
+        correct = torch.zeros(len(self.weights), device=self.device)
+        for group in self.groups:
+            seeds = self.seed_index[group]
+            for part in index[seeds].split(500, dim=1):
+                predicted = self.forward(self.weights[group], self.standardise(images[part])).argmax(2)
+                correct[group] += (predicted == self.stage_labels[seeds].gather(1, labels[part])).sum(1)
         return (correct / index.shape[1]).tolist()
 
     def evaluate(self, stage: int) -> tuple[list[float], list[float]]:
@@ -376,10 +385,7 @@ class Ensemble:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that update() changes in place, but for the position in the stage."""
-        tensors = {"skipped": self.skipped}
-        tensors |= {f"parameters.{name}": w.detach() for name, w in self.parameters.items()}
-        tensors |= {f"momentum.{name}": m for name, m in self.momentum.items()}
-        return tensors
+        return {"weights": self.weights, "momentum": self.momentum, "skipped": self.skipped}
 
 
 def capture(
@@ -412,16 +418,6 @@ def capture(
         return output
 
     return run_graph
-
-
-def replica_norm(gradients: tuple[Tensor, ...]) -> Tensor:
-    """Norm over all parameters of each replica: tensors [R, ...] -> [R]."""
-    return torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-
-
-def along(values: Tensor, like: Tensor) -> Tensor:
-    """[R] -> [R, 1, ...], to be broadcast against `like` [R, ...]."""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
@@ -486,10 +482,9 @@ def max_eigenvalue(
 def plasticity_metrics(ensemble: Ensemble, stage: int) -> list[dict[str, float]]:
     """Active units on 512 images that the stage trains on and sharpness on 32 of them, of each replica."""
     metrics = []
-    for replica in range(len(ensemble.learning_rate)):
-        seed = replica % len(ensemble.seeds)
-        network = Network(ensemble.args).to(ensemble.device)
-        network.load_state_dict({name: w[replica].detach() for name, w in ensemble.parameters.items()})
+    network = Network(ensemble.args).to(ensemble.device)
+    for seed, weights in zip(ensemble.seed_index.tolist(), ensemble.weights.clone(), strict=True):
+        vector_to_parameters(weights, network.parameters())
         index = ensemble.batches[:, seed].flatten()[:512]
         images = ensemble.standardise(ensemble.images[index])
         labels = ensemble.stage_labels[seed, ensemble.labels[index[:32]]]
@@ -781,7 +776,7 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
     """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     ensemble = Ensemble(args, data, torch.device(args.device))
-    parameters = sum(w[0].numel() for w in ensemble.parameters.values())
+    parameters = ensemble.weights.shape[1]
     total_updates = args.num_stages * args.updates_per_stage
     names = [f"lr_{lr:g}_decay_{decay:g}" for lr, decay in ensemble.settings]
 

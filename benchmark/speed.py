@@ -183,7 +183,7 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         cross_entropy = torch.nn.functional.cross_entropy
 
         def update() -> None:
-            images, labels = (x[0] for x in ensemble.next_batch())
+            images, labels = (x[0] for x in ensemble.next_batch(slice(1)))
             ensemble.position += 1
             sgd.zero_grad()
             cross_entropy(network(images), labels).backward()
@@ -210,14 +210,14 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
             update = script.capture(eager_update, [*ensemble.tensors().values(), ensemble.position])
         parts = {
             "batch": (script.Ensemble, "next_batch"),
-            "forward": (script.Ensemble, "losses"),
+            "forward": (script.Ensemble, "forward"),
             "backward": (torch.autograd, "grad"),
             "sgd": (script.Ensemble, "sgd"),
         }
         return Subject(
             update=update,
             eager_update=eager_update,
-            parameters=sum(w.numel() for w in ensemble.parameters.values()),
+            parameters=ensemble.weights.numel(),
             updates=args.num_stages * args.updates_per_stage,
             parts=parts,
             seeds=seeds,

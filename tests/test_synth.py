@@ -240,6 +240,19 @@ def test_parameters_counted_by_hand(data_dir, flags, parameters):
 # --- Update -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["one by one", "all at once"])
+def grouping(request, monkeypatch):
+    """As on a CPU, and as on a GPU."""
+    if request.param == "all at once":
+        original = synth.Ensemble.__init__
+
+        def init(self, *args):
+            original(self, *args)
+            self.groups = [slice(len(self.weights))]
+
+        monkeypatch.setattr(synth.Ensemble, "__init__", init)
+
+
 def make_ensemble(data_dir, **flags):
     args = make_args(data_dir, **flags)
     ensemble = synth.Ensemble(args, synth.load_cifar10(args), torch.device("cpu"))
@@ -247,19 +260,30 @@ def make_ensemble(data_dir, **flags):
     return ensemble
 
 
+def in_double(ensemble):
+    """In double precision a ReLU's input does not fall on the other side of zero by a rounding error."""
+    for name in ("weights", "momentum"):
+        setattr(ensemble, name, getattr(ensemble, name).double())
+    settings = torch.tensor(ensemble.settings, dtype=torch.float64).repeat_interleave(len(ensemble.seeds), 0)
+    ensemble.learning_rate, ensemble.weight_decay = settings.split(1, dim=1)
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (synth.MEAN, synth.STD))
+    ensemble.mean, ensemble.std = 255 * mean, 255 * std
+    return ensemble
+
+
 def plain_loop(data_dir, args, seed, learning_rate, weight_decay, stage, num_updates):
-    """One replica by nn.Module, torch.optim.SGD and a loop over its parameters."""
+    """One replica by nn.Module, torch.optim.SGD and a loop over its parameters, in double precision."""
     images, labels, *_ = synth.load_cifar10(args)
     torch.manual_seed(seed)
-    network = synth.Network(args)
+    network = synth.Network(args).double()
     optimizer = torch.optim.SGD(
         network.parameters(), lr=learning_rate, momentum=args.momentum, weight_decay=weight_decay
     )
-    mean, std = (np.array(x, np.float32).reshape(3, 1, 1) for x in (synth.MEAN, synth.STD))
+    mean, std = (np.array(x).reshape(3, 1, 1) for x in (synth.MEAN, synth.STD))
     batches, mapping = synth.stage_batches(seed, stage, len(images), args), synth.stage_labels(seed, stage, args)
     losses = []
     for index in batches[:num_updates]:
-        x = torch.from_numpy((images[index].astype(np.float32) / 255 - mean) / std)
+        x = torch.from_numpy((images[index] / 255 - mean) / std)
         y = torch.from_numpy(mapping[labels[index]])
         optimizer.zero_grad()
         loss = F.cross_entropy(network(x), y)
@@ -267,7 +291,7 @@ def plain_loop(data_dir, args, seed, learning_rate, weight_decay, stage, num_upd
         losses.append(loss.item())
         if args.sam_rho > 0:
             before = copy.deepcopy(network.state_dict())
-            norm = sum(w.grad.double().square().sum() for w in network.parameters()).sqrt()
+            norm = sum(w.grad.square().sum() for w in network.parameters()).sqrt()
             with torch.no_grad():
                 for w in network.parameters():
                     w += args.sam_rho * w.grad / norm
@@ -280,9 +304,9 @@ def plain_loop(data_dir, args, seed, learning_rate, weight_decay, stage, num_upd
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", ["input", "label"])
-def test_every_replica_equals_a_plain_loop(data_dir, method, task):
+def test_every_replica_equals_a_plain_loop(data_dir, grouping, method, task):
     flags = METHODS[method] | dict(task=task, learning_rate=(0.03, 0.01), weight_decay=(0.1, 0.0), first_seed=5)
-    ensemble = make_ensemble(data_dir, **flags)
+    ensemble = in_double(make_ensemble(data_dir, **flags))
     losses = torch.stack([ensemble.update() for _ in range(4)])
     replica = 0
     for learning_rate in (0.03, 0.01):
@@ -290,62 +314,62 @@ def test_every_replica_equals_a_plain_loop(data_dir, method, task):
             for seed in (5, 6):
                 plain = plain_loop(data_dir, ensemble.args, seed, learning_rate, weight_decay, 0, 4)
                 network, plain_losses = plain
-                np.testing.assert_allclose(losses[:, replica], plain_losses, rtol=1e-3, atol=1e-4)
-                for name, w in network.named_parameters():
-                    torch.testing.assert_close(ensemble.parameters[name][replica], w, rtol=1e-3, atol=2e-5)
+                np.testing.assert_allclose(losses[:, replica], plain_losses, rtol=1e-9)
+                w = torch.nn.utils.parameters_to_vector(network.parameters())
+                torch.testing.assert_close(ensemble.weights[replica], w, rtol=1e-8, atol=1e-12)
                 replica += 1
-    assert replica == len(ensemble.learning_rate) == 8
+    assert replica == len(ensemble.weights) == 8
 
 
-def test_sam_uses_the_norm_of_each_replica(data_dir):
+def test_sam_uses_the_norm_of_each_replica(data_dir, grouping):
     """One replica's weights made a thousand times larger leave the others' updates as they are."""
     moved = []
     for scale in (1.0, 1000.0):
         ensemble = make_ensemble(data_dir, num_seeds=3)
-        with torch.no_grad():
-            for w in ensemble.parameters.values():
-                w[1] *= scale
+        ensemble.weights[1] *= scale
         ensemble.update()
-        moved.append([torch.cat([w[r].detach().flatten() for w in ensemble.parameters.values()]) for r in range(3)])
+        moved.append(ensemble.weights)
     for replica in (0, 2):
         torch.testing.assert_close(moved[0][replica], moved[1][replica], rtol=1e-5, atol=1e-7)
     assert not torch.allclose(moved[0][1], moved[1][1])
 
 
 @pytest.mark.parametrize("sam_rho", [0.0, 0.1])
-def test_a_replica_whose_gradient_is_not_finite_is_skipped_and_the_others_are_not(data_dir, sam_rho):
+def test_a_replica_whose_gradient_is_not_finite_is_skipped_and_the_others_are_not(data_dir, grouping, sam_rho):
     whole, broken = (make_ensemble(data_dir, num_seeds=3, sam_rho=sam_rho) for _ in range(2))
-    with torch.no_grad():
-        broken.parameters["head.0.weight"][1, 0, 0] = torch.inf
-    before = {name: w[1].clone() for name, w in broken.parameters.items()}
+    broken.weights[1, -3000] = torch.inf  # a weight of the head
+    before = broken.weights[1].clone()
     for _ in range(3):
         whole.update()
         broken.update()
     assert broken.skipped.tolist() == [0, 3, 0]
-    for name, w in broken.parameters.items():
-        assert torch.equal(w[1], before[name])
-        assert not broken.momentum[name][1].any()
-        for replica in (0, 2):
-            torch.testing.assert_close(w[replica], whole.parameters[name][replica], rtol=1e-5, atol=1e-7)
+    assert torch.equal(broken.weights[1], before)
+    assert not broken.momentum[1].any()
+    for replica in (0, 2):
+        torch.testing.assert_close(broken.weights[replica], whole.weights[replica], rtol=1e-5, atol=1e-7)
 
 
 def test_a_reset_renews_the_fully_connected_layers_and_their_momentum_only(data_dir):
     ensemble = make_ensemble(data_dir, learning_rate=(0.1, 0.01), layer_norm_scope="all")
     ensemble.update()
-    tensors = {name: tensor.clone() for name, tensor in ensemble.tensors().items()}
-    pointers = [w.data_ptr() for w in ensemble.parameters.values()]
+    weights, momentum, pointer = ensemble.weights.clone(), ensemble.momentum.clone(), ensemble.weights.data_ptr()
     ensemble.reset_heads(2)
-    for name, tensor in ensemble.tensors().items():
-        if ".head." not in name:
-            assert torch.equal(tensor, tensors[name]), name
-        elif name.startswith("momentum"):
-            assert not tensor.any()
-        else:
-            assert not torch.equal(tensor, tensors[name])
-            assert torch.equal(tensor[:2], tensor[2:])  # the same for each seed, whatever the setting
-            if name.endswith("0.weight"):
-                assert not torch.equal(tensor[0], tensor[1])
-    assert pointers == [w.data_ptr() for w in ensemble.parameters.values()]
+    assert ensemble.weights.data_ptr() == pointer
+    start = 0
+    for name, w in synth.Network(ensemble.args).named_parameters():
+        columns = slice(start, start := start + w.numel())
+        if name.startswith("backbone."):
+            assert torch.equal(ensemble.weights[:, columns], weights[:, columns])
+            assert torch.equal(ensemble.momentum[:, columns], momentum[:, columns])
+            continue
+        assert momentum[:, columns].any() and not ensemble.momentum[:, columns].any()
+        new = ensemble.weights[:, columns]
+        assert not torch.equal(new, weights[:, columns])
+        assert torch.equal(new[:2], new[2:])  # the same for each seed, whatever the setting
+        if w.ndim == 2:
+            bound = w.shape[1] ** -0.5  # PyTorch's initialisation of a linear layer is uniform within
+            assert not torch.equal(new[0], new[1])
+            assert 0.9 * bound < new.abs().max() <= bound
 
 
 def test_resets_come_every_so_many_stages_and_not_at_the_start(data_dir, monkeypatch):
@@ -357,7 +381,7 @@ def test_resets_come_every_so_many_stages_and_not_at_the_start(data_dir, monkeyp
     assert stages == [3, 6]
 
 
-def test_accuracy_by_hand(data_dir):
+def test_accuracy_by_hand(data_dir, grouping):
     ensemble = make_ensemble(data_dir, task="label", learning_rate=(0.1, 0.01))
     for _ in range(5):
         ensemble.update()
@@ -365,7 +389,7 @@ def test_accuracy_by_hand(data_dir):
     images, labels, test_images, test_labels = synth.load_cifar10(ensemble.args)
     for replica, seed in enumerate((1, 2, 1, 2)):
         network = synth.Network(ensemble.args)
-        network.load_state_dict({name: w[replica].detach() for name, w in ensemble.parameters.items()})
+        torch.nn.utils.vector_to_parameters(ensemble.weights[replica], network.parameters())
         mapping = synth.stage_labels(seed, 0, ensemble.args)
         for x, y, accuracy in ((images, labels, train), (test_images, test_labels, test)):
             predicted = network(ensemble.standardise(torch.from_numpy(x))).argmax(1).numpy()
