@@ -39,6 +39,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
@@ -143,18 +144,25 @@ def download(data_dir: Path) -> None:
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
         archive, digest = Path(temporary) / "archive.tar.gz", hashlib.sha256()
-        with urllib.request.urlopen(URL, timeout=60) as response, open(archive, "wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size, desc="CIFAR-10", unit="B", unit_scale=True, disable=None) as progress:
-                while part := response.read(2**20):
-                    digest.update(part)
-                    file.write(part)
-                    progress.update(len(part))
+        try:
+            with urllib.request.urlopen(URL, timeout=60) as response, open(archive, "wb") as file:
+                size = int(response.headers.get("Content-Length", 0))
+                with tqdm(total=size, desc="CIFAR-10", unit="B", unit_scale=True, disable=None) as progress:
+                    while part := response.read(2**20):
+                        digest.update(part)
+                        file.write(part)
+                        progress.update(len(part))
+        except (OSError, HTTPException) as error:
+            fail(f"{URL}: {error}; try again, or put cifar-10-batches-py into --data-dir yourself", 1)
         if digest.hexdigest() != SHA256:
             fail(f"{URL}: the checksum is wrong; try again, or put cifar-10-batches-py into --data-dir yourself", 1)
         with tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")
-        os.replace(Path(temporary) / "cifar-10-batches-py", data_dir / "cifar-10-batches-py")
+        try:
+            os.replace(Path(temporary) / "cifar-10-batches-py", data_dir / "cifar-10-batches-py")
+        except OSError:  # another process may have been faster
+            if not (data_dir / "cifar-10-batches-py").exists():
+                raise
 
 
 def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
@@ -722,14 +730,15 @@ def memory_available(device: torch.device) -> float:
 def memory_needed(args: Args) -> int:
     """Bytes that a run holds on its device at most, PyTorch itself and the images aside, about."""
     with torch.device("meta"):  # shapes without memory
-        network = Network(args)
+        parameters = sum(w.numel() for w in Network(args).parameters())
     replicas = args.num_seeds * len(args.learning_rate) * len(args.weight_decay)
+    together = replicas if args.device == "cuda" else 1  # see Ensemble
     size = (32 - 3) // args.conv_strides[0] + 1
-    # Of each replica: weights, momentum, gradient, perturbed ones; of each image: itself, its patches, and thrice the
-    # first convolution's outputs, the largest.
+    # Of each replica: weights, momentum, a copy while they are drawn. Of those together: gradient, perturbed weights,
+    # temporaries; of each image: itself, its patches, and thrice the first convolution's outputs, the largest.
     images = max(args.batch_size, 500) * (3 * 3 * 32**2 + 27 * size**2 + 3 * 2 * 32 * size**2)
     batches = 8 * args.num_seeds * args.updates_per_stage * args.batch_size
-    return 4 * replicas * (5 * sum(w.numel() for w in network.parameters()) + images) + 2 * batches
+    return 4 * (replicas * 3 * parameters + together * (5 * parameters + images)) + 2 * batches
 
 
 def due(interval: int, count: int) -> bool:

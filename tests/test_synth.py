@@ -156,6 +156,16 @@ def test_a_download_is_checked_and_appears_whole_or_not_at_all(tmp_path, monkeyp
         tar.add(tmp_path / "source" / "cifar-10-batches-py", "cifar-10-batches-py")
     archive = (tmp_path / "archive.tar.gz").read_bytes()
     asked = []
+
+    def break_off(url, timeout):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(synth.urllib.request, "urlopen", break_off)
+    with pytest.raises(SystemExit):
+        synth.load_cifar10(make_args(tmp_path / "data"))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Connection reset" in error and "--data-dir" in error
+    assert list((tmp_path / "data").iterdir()) == []
     monkeypatch.setattr(synth.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Response(archive))
     args = make_args(tmp_path / "data")
     with pytest.raises(SystemExit):
@@ -167,6 +177,8 @@ def test_a_download_is_checked_and_appears_whole_or_not_at_all(tmp_path, monkeyp
     assert len(images) == 15
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
     assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"] * 2
+    synth.download(args.data_dir)  # as if another process had been faster
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
 
 
 def test_stages_of_the_input_task_see_one_chunk_more_each(data_dir):
@@ -425,12 +437,12 @@ def test_seeds_in_one_process_give_what_processes_of_their_own_give(data_dir, ta
 
 
 def test_a_run_learns_and_its_result_is_complete(data_dir):
-    flags = dict(learning_rate=(0.02, 1e-6), updates_per_stage=80, metrics_interval=2, num_seeds=3, reset_interval=0)
+    flags = dict(learning_rate=(0.02, 1e-6), updates_per_stage=40, metrics_interval=2, num_seeds=3, reset_interval=0)
     args = make_args(data_dir, **flags)
     synth.run(args, synth.Stop())
     result = result_of(args)
     assert list(result["args"]) == list(synth.Args.__dataclass_fields__)
-    assert (result["gradient_updates"], result["num_seeds"], result["task"]) == (320, 3, "input")
+    assert (result["gradient_updates"], result["num_seeds"], result["task"]) == (160, 3, "input")
     assert [setting["learning_rate"] for setting in result["sweep"]] == [0.02, 1e-6]
     assert result["learning_rate"] == 0.02  # the better one
     assert np.shape(result["test_accuracy"]) == np.shape(result["train_accuracy"]) == (3, 4)
@@ -446,7 +458,7 @@ def test_a_run_learns_and_its_result_is_complete(data_dir):
     assert all(names <= set(replica) for one in result["metrics"] for replica in one["replicas"])
     run_dir = args.run_dir / "input__x__1-3"
     logged = scalars(run_dir)
-    assert [step for step, _ in logged["test_accuracy/lr_0.02_decay_0.001"]] == [80, 160, 240, 320]
+    assert [step for step, _ in logged["test_accuracy/lr_0.02_decay_0.001"]] == [40, 80, 120, 160]
     assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {"", "events", "result"}
 
 
@@ -492,7 +504,7 @@ def stopping(monkeypatch):
 @pytest.mark.parametrize("stops", [(1,), (6, 12), (7, 13, 22), (24,)], ids=str)
 def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(data_dir, stopping, task, stops):
     """Stopped in the middle of stages and between them (6 updates each), before resets and at the end."""
-    flags = dict(task=task, resume=True, learning_rate=(0.05, 0.01), metrics_interval=2)
+    flags = dict(task=task, resume=True, learning_rate=(0.05, 0.01), metrics_interval=3)
     whole = make_args(data_dir, exp_name="whole", **flags)
     tensors = {name: tensor.clone() for name, tensor in stopping(whole).items()}
     broken = make_args(data_dir, exp_name="broken", **flags)
