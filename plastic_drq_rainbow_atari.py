@@ -773,8 +773,14 @@ MAY_CHANGE = set(
 
 def fail(message: str, code: int) -> NoReturn:
     """End with one line on stderr: code 2 for a flag that makes no sense, 1 for a machine or file that cannot."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is one of PyTorch's ways to say that memory ran out."""
+    phrases = ("can't allocate memory", "unable to mmap", "could not create a primitive")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -855,6 +861,7 @@ def compare_flags(flags: dict, saved: dict, path: Path) -> None:
     for name in sorted(flags.keys() - MAY_CHANGE):
         if flags[name] != saved[name]:
             flag, value = name.replace("_", "-"), saved[name]
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
             others.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
     if others:
         fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
@@ -917,9 +924,11 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
             else:
                 generator.manual_seed(generator.initial_seed() + counters.step)
         events = dict(checkpoint["events"])
-    except (IsADirectoryError, PermissionError) as error:
-        fail(f"{path}: {error.strerror}", 1)
-    except Exception:  # such a file can raise anything
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}", 1)
+    except Exception as error:  # such a file can raise anything
+        if out_of_memory(error):
+            raise
         fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
     rewind_events(path.parent, events)
     return counters
@@ -1317,7 +1326,7 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         fail(f"{error}", 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         fail("out of memory; lower --buffer-size, --batch-size, --hidden-dim or --n-atoms", 1)
     except OSError as error:  # no permission, no space, no such directory

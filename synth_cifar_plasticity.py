@@ -112,15 +112,26 @@ class Args:
 # --- Data and tasks ---------------------------------------------------------------------------------------------------
 
 
+class PlainArray:
+    """What a pickle gets instead of NumPy's array and dtype: it keeps the state that it is given, nothing more."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.state: tuple = ()
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays and plain containers only: a crafted file gets an error, none of its code runs."""
+    """Admits plain containers, and arrays as PlainArray: a crafted file gets an error, none of its code runs."""
 
     def find_class(self, module: str, name: str) -> object:
         module = module.replace("numpy.core", "numpy._core")  # as NumPy 1 wrote it
-        allowed = {"numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode"}
-        if f"{module}.{name}" not in allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in Python 2's protocols
+            return lambda text, encoding: text.encode("latin1")
+        if f"{module}.{name}" in ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
+            return PlainArray
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -128,15 +139,16 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with open(path, "rb") as file:
             batch = PlainUnpickler(file, encoding="bytes").load()
-        images, labels = batch[b"data"], np.array(batch[b"labels"])
-        in_range = set(labels.tolist()) <= set(range(10))
-        if images.dtype != np.uint8 or images.shape != (len(labels), 3072) or not in_range:
-            raise ValueError("wrong shape, type or labels")
-        return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+        labels, (_, shape, _, fortran_order, data) = list(batch[b"labels"]), batch[b"data"].state
+        if not labels or not all(type(label) is int and 0 <= label < 10 for label in labels):
+            raise ValueError("labels")
+        if shape != (len(labels), 3072) or fortran_order or len(data) != 3072 * len(labels):
+            raise ValueError("shape or type of the images")
+        return np.frombuffer(bytearray(data), np.uint8).reshape(-1, 3, 32, 32), np.array(labels)
     except OSError as error:
-        fail(f"{path}: {error.strerror}; see --data-dir and --download", 1)
+        fail(f"{path}: {error.strerror}; see --data-dir, or delete {path.parent} to download CIFAR-10 anew", 1)
     except Exception as error:  # such a file can raise anything
-        fail(f"{path}: not a file of cifar-10-batches-py ({error}); delete it to download CIFAR-10 anew", 1)
+        fail(f"{path}: not a file of cifar-10-batches-py ({error}); delete {path.parent} to download CIFAR-10 anew", 1)
 
 
 def download(data_dir: Path) -> None:
@@ -272,7 +284,7 @@ class Ensemble:
     Replica r is setting r // S, seed r % S, and a row of `weights` and `momentum` [R, P] holds all its parameters; what
     one replica does, no other one feels. On a GPU all replicas share each kernel; on a CPU, which small kernels keep
     busy, they take turns. `position` is the next update of the stage, `skipped` [R] counts each replica's updates that
-    were left out for a gradient that is not finite; all of it lies on the device and stays where it is.
+    were left out for numbers that are not finite; all of it lies on the device and stays where it is.
     """
 
     def __init__(self, args: Args, data: tuple[np.ndarray, ...], device: torch.device) -> None:
@@ -351,11 +363,13 @@ class Ensemble:
 
     @torch.no_grad()
     def sgd(self, group: slice, gradient: Tensor) -> None:
-        """SGD with momentum and weight decay, in place; a replica whose gradient is not finite stays as it is."""
+        """SGD with momentum and weight decay, in place; a replica that would become infinite or nan stays as it is."""
         w, m = self.weights[group], self.momentum[group]
-        finite = gradient.isfinite().all(1, keepdim=True)
-        m.copy_(torch.where(finite, self.args.momentum * m + gradient + self.weight_decay[group] * w, m))
-        w.sub_(self.learning_rate[group] * finite * m)
+        new_m = self.args.momentum * m + gradient + self.weight_decay[group] * w
+        new_w = w - self.learning_rate[group] * new_m
+        finite = (new_m.isfinite() & new_w.isfinite()).all(1, keepdim=True)
+        m.copy_(torch.where(finite, new_m, m))
+        w.copy_(torch.where(finite, new_w, w))
         self.skipped[group] += ~finite[:, 0]
 
     def update(self) -> Tensor:
@@ -515,8 +529,14 @@ MAY_CHANGE = set(
 
 def fail(message: str, code: int) -> NoReturn:
     """End with one line on stderr: code 2 for a flag that makes no sense, 1 for a machine or file that cannot."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is one of PyTorch's ways to say that memory ran out."""
+    phrases = ("can't allocate memory", "unable to mmap", "could not create a primitive")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -597,6 +617,7 @@ def compare_flags(flags: dict, saved: dict, path: Path) -> None:
     for name in sorted(flags.keys() - MAY_CHANGE):
         if flags[name] != saved[name]:
             flag, value = name.replace("_", "-"), saved[name]
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
             others.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
     if others:
         fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
@@ -648,14 +669,21 @@ def load_checkpoint(path: Path, flags: dict, ensemble: Ensemble) -> Counters:
         counters = Counters(**checkpoint["counters"])
         if not 0 < counters.updates <= flags["num_stages"] * flags["updates_per_stage"]:
             raise ValueError
-        if len(counters.resumed_at) >= counters.updates or len(counters.test_accuracy) > flags["num_stages"]:
+        if len(counters.resumed_at) >= counters.updates or not 0 <= counters.seconds < math.inf:
             raise ValueError
+        shape = ((counters.updates - 1) // flags["updates_per_stage"], len(ensemble.weights))
+        for accuracies in (counters.train_accuracy, counters.test_accuracy):
+            values = np.array(accuracies, dtype=float).reshape(shape)
+            if len(accuracies) != shape[0] or not ((values >= 0) & (values <= 1)).all():
+                raise ValueError
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         events = dict(checkpoint["events"])
-    except (IsADirectoryError, PermissionError) as error:
-        fail(f"{path}: {error.strerror}", 1)
-    except Exception:  # such a file can raise anything
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}", 1)
+    except Exception as error:  # such a file can raise anything
+        if out_of_memory(error):
+            raise
         fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
     rewind_events(path.parent, events)
     return counters
@@ -681,8 +709,9 @@ def resolve(args: Args) -> Args:
         for value in values if isinstance(values, tuple) else (values,):
             if value != "auto" and not low <= value <= high:  # nan is out of every range
                 fail(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}", 2)
-    if not args.learning_rate or not args.weight_decay:
-        fail("--learning-rate and --weight-decay need a value each", 2)
+    for name, values in (("--learning-rate", args.learning_rate), ("--weight-decay", args.weight_decay)):
+        if not values or len({f"{value:g}" for value in values}) < len(values):
+            fail(f"{name} needs a value, or several different ones", 2)
     size = 32
     for stride in args.conv_strides:
         size = (size - 3) // stride + 1 if size >= 3 else 0
@@ -692,8 +721,9 @@ def resolve(args: Args) -> Args:
         fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
     if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
-    if not str(args.run_dir).isprintable():
-        fail(f"--run-dir {str(args.run_dir)!r}: must be printable", 2)
+    for flag, path in (("--run-dir", args.run_dir), ("--data-dir", args.data_dir)):
+        if not str(path).isprintable():
+            fail(f"{flag} {str(path)!r}: must be printable", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
     if args.track and find_spec("wandb") is None:
@@ -755,8 +785,8 @@ def run(args: Args, stop: Stop) -> None:
     if needed > available and (args.overwrite or not result_path.exists()):
         sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
         fail(f"needs {sizes}; lower --num-seeds, --batch-size or the number of settings", 1)
-    data = load_cifar10(args)
-    if len(data[0]) < args.num_stages:
+    data = load_cifar10(args) if args.overwrite or not result_path.exists() else ()
+    if data and len(data[0]) < args.num_stages:
         fail(f"--num-stages {args.num_stages}: there are only {len(data[0]):,} training images", 2)
     with lock_directory(run_dir):
         if result_path.exists() and not args.overwrite:
@@ -773,7 +803,7 @@ def run(args: Args, stop: Stop) -> None:
         resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
             fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
-        train(run_dir, args, flags, data, resumed, stop)
+        train(run_dir, args, flags, data or load_cifar10(args), resumed, stop)
 
 
 def device_name(args: Args) -> str:
@@ -835,7 +865,8 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
             counters.train_accuracy.append(train_accuracy)
             counters.test_accuracy.append(test_accuracy)
             if metrics:
-                counters.metrics.append({"stage": stage - 1, "replicas": metrics})
+                finite = [{tag: v if math.isfinite(v) else None for tag, v in one.items()} for one in metrics]
+                counters.metrics.append({"stage": stage - 1, "replicas": finite})  # JSON has no nan
             for i, name in enumerate(names):
                 replicas = slice(i * args.num_seeds, (i + 1) * args.num_seeds)
                 for tag, values in (("train_accuracy", train_accuracy), ("test_accuracy", test_accuracy)):
@@ -898,7 +929,7 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
         "data": ensemble.fingerprint, "device": device_name(args), "versions": versions, "git_commit": git_commit(),
     }
     # fmt: on
-    write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+    write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2, allow_nan=False).encode()))
     checkpoint_path.unlink(missing_ok=True)
     low, high = best["final_accuracy_interval"]
     accuracy = f"{best['final_accuracy_mean']:.3f} [{low:.3f}, {high:.3f}] over {args.num_seeds} seeds"
@@ -942,7 +973,7 @@ if __name__ == "__main__":
     try:
         run(args, stop)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         fail("out of memory; lower --num-seeds, --batch-size or the number of settings", 1)
     except OSError as error:  # no permission, no space, no such directory, no network

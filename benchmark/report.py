@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from synth_cifar_plasticity import bootstrap_interval, fail
+from synth_cifar_plasticity import bootstrap_interval, fail, write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,6 +31,8 @@ METHODS = {  # panels of Figure 3, and the names of their bars by exp-name
         "sam_reset": "SAM +\nReset", "crelu_reset": "CReLU +\nReset", "plastic": "PLASTIC",
     },
 }  # fmt: skip
+# What has to be the same in runs that are compared.
+PROTOCOL = "num_stages updates_per_stage batch_size momentum conv_strides label_change".split()
 NAMES = {"base": "base"} | {key: name.replace("\n", " ") for panel in METHODS.values() for key, name in panel.items()}
 
 
@@ -44,27 +46,42 @@ class Args:
 
 
 def read_results(runs: Path) -> dict[tuple[str, str], dict]:
-    """{(task, exp_name): result} of the synthetic experiment's runs in a directory."""
+    """{(task, exp_name): result} of the synthetic experiment's runs in a directory, their accuracies as arrays."""
     results = {}
     for path in sorted(runs.glob("*/result.json")):
         try:
             result = json.loads(path.read_text())
             if result["script"] != "synth_cifar_plasticity.py":
                 continue
-            key = (result["task"], result["exp_name"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"{path}: not a result of these scripts ({error!r})", 1)
+            accuracies = np.array(result["test_accuracy"], dtype=float)
+            if accuracies.ndim != 2 or not np.isfinite(accuracies).all() or accuracies.size == 0:
+                raise ValueError("test_accuracy")
+            numbers = ("learning_rate", "weight_decay", "final_accuracy_mean", "mean_accuracy_mean")
+            result |= {"test_accuracy": accuracies, "first_seed": int(result["first_seed"])}
+            result |= {name: float(result[name]) for name in numbers}
+            key = (str(result["task"]), str(result["exp_name"]))
+            result["num_seeds"] = len(accuracies)
+            result["protocol"] = {name: result["args"][name] for name in PROTOCOL}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            fail(f"{path}: not a result of synth_cifar_plasticity.py ({error!r})", 1)
         if key in results:
             fail(f"{runs}: two runs of {' '.join(key)}; keep one of them there", 1)
+        if key[0] not in TASKS or key[1] not in NAMES:
+            print(f"left out: {path}, whose exp-name is none of {', '.join(NAMES)}", file=sys.stderr)
+            continue
         results[key] = result
     if not results:
         fail(f"{runs}: no result of the synthetic experiment in its directories", 1)
+    for name in PROTOCOL:
+        values = {json.dumps(result["protocol"][name]) for result in results.values()}
+        if len(values) > 1:
+            fail(f"{runs}: runs with different --{name.replace('_', '-')}: {', '.join(sorted(values))}", 1)
     return results
 
 
 def late_accuracy(result: dict, last: int) -> dict[int, float]:
     """{seed: mean test accuracy over the last stages}."""
-    accuracies = np.array(result["test_accuracy"])[:, -last:].mean(1)
+    accuracies = result["test_accuracy"][:, -last:].mean(1)
     return {result["first_seed"] + i: float(accuracy) for i, accuracy in enumerate(accuracies)}
 
 
@@ -91,14 +108,22 @@ def print_table(results: dict[tuple[str, str], dict], last: int) -> None:
             if (result := results.get((task, method))) is not None:
                 late = with_interval(np.array(list(late_accuracy(result, last).values())))
                 setting = f"{result['learning_rate']:g}, {result['weight_decay']:g}"
-                final, mean = result["final_accuracy_mean"], result["mean_accuracy_mean"]
-                print(f"| {name} | {task} | {late} | {final:.3f} | {mean:.3f} | {setting} | {result['num_seeds']} |")
+                final, mean, seeds = (result[k] for k in ("final_accuracy_mean", "mean_accuracy_mean", "num_seeds"))
+                print(f"| {name} | {task} | {late} | {final:.3f} | {mean:.3f} | {setting} | {seeds} |")
 
 
 def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) -> None:
     """Bars: gain over base in percentage points, with intervals; a dot for each seed."""
+    gains = {
+        (task, method): 100 * gain(result, results[task, "base"], last)
+        for (task, method), result in results.items()
+        if method != "base" and (task, "base") in results
+    }
+    gains = {key: points for key, points in gains.items() if len(points) > 0}
+    if not gains:
+        fail("--plot: no method has a run of base on the same task, with a seed in common", 1)
     panels = {
-        title: [method for method in methods if any((task, method) in results for task in TASKS)]
+        title: [method for method in methods if any((task, method) in gains for task in TASKS)]
         for title, methods in METHODS.items()
     }
     panels = {title: methods for title, methods in panels.items() if methods}
@@ -110,9 +135,9 @@ def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) ->
     for axis, (title, methods) in zip(axes[0], panels.items(), strict=True):
         for shift, (task, colour) in zip((-0.2, 0.2), TASKS.items(), strict=True):
             for x, method in enumerate(methods):
-                if (task, method) not in results or (task, "base") not in results:
+                if (task, method) not in gains:
                     continue
-                points = 100 * gain(results[task, method], results[task, "base"], last)
+                points = gains[task, method]
                 low, high = bootstrap_interval(points)
                 error = [[points.mean() - low], [high - points.mean()]]
                 axis.bar(x + shift, points.mean(), 0.36, color=colour, yerr=error, capsize=3, label=task)
@@ -125,8 +150,11 @@ def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) ->
     axes[0, 0].set_ylabel("test accuracy above base\n(percentage points)")
     handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
     axes[0, -1].legend(handles.values(), [f"{task} task" for task in handles])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    except OSError as error:
+        fail(f"--plot {path}: {error.strerror}", 1)
     plt.close(figure)
 
 
@@ -135,6 +163,7 @@ if __name__ == "__main__":
     if args.last < 1:
         fail(f"--last must be at least 1, not {args.last}", 2)
     results = read_results(args.runs)
-    print_table(results, args.last)
+    last = min(args.last, *(result["test_accuracy"].shape[1] for result in results.values()))
+    print_table(results, last)
     if args.plot is not None:
-        plot_figure3(results, args.last, args.plot / "figure3.png")
+        plot_figure3(results, last, args.plot / "figure3.png")

@@ -51,16 +51,23 @@ def test_a_grid_narrowed_and_swept():
     runs = [parsed(line) for line in lines]
     assert [(args.task, args.exp_name, args.num_seeds) for args in runs] == [("label", "ln", 3), ("label", "base", 3)]
     assert all(args.learning_rate == args.weight_decay == (0.1, 0.01, 0.001, 0.0001, 0.00001) for args in runs)
-    wrong = grid(METHODS="base foo")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.count("\n") == 1 and "foo" in wrong.stderr
+    assert grid(EXTRA="--num-seeds 3\nrm", TASKS="label", METHODS="base").stdout.count("\n") == 1
+    for env, word in (
+        ({"METHODS": "base foo"}, "foo"), ({"METHODS": "sam_ln"}, "sam_ln"), ({"METHODS": "*"}, "*"),
+        ({"TASKS": "input foo"}, "foo"), ({"SWEEP": "yes"}, "yes"),
+    ):  # fmt: skip
+        wrong = grid(**env)
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        assert wrong.stderr.count("\n") == 1 and word in wrong.stderr
 
 
 def write_result(runs, task, method, accuracies, first_seed=1):
     result = {
         "script": "synth_cifar_plasticity.py", "task": task, "exp_name": method, "first_seed": first_seed,
         "num_seeds": len(accuracies), "learning_rate": 0.01, "weight_decay": 0.001, "test_accuracy": accuracies,
-        "final_accuracy_mean": float(np.mean(accuracies, axis=0)[-1]), "mean_accuracy_mean": float(np.mean(accuracies)),
+        "args": dict.fromkeys(report.PROTOCOL, 1),
+        "final_accuracy_mean": float(np.mean(accuracies, axis=0)[-1]),
+        "mean_accuracy_mean": float(np.mean(accuracies)),
     }  # fmt: skip
     directory = runs / f"{task}__{method}__{first_seed}-{len(accuracies)}"
     directory.mkdir(parents=True)
@@ -94,6 +101,27 @@ def test_bars_stand_for_the_gains(tmp_path, monkeypatch):
     heights = [[bar.get_height() for bar in axis.patches] for axis in figures[0].axes]
     np.testing.assert_allclose(heights, [[25], [-10]])
     assert [axis.get_title() for axis in figures[0].axes] == ["single methods", "combinations"]
+
+
+def test_what_cannot_be_compared_or_drawn_gets_one_line(tmp_path, capsys):
+    write_result(tmp_path, "input", "base", [[0.1, 0.2]])
+    write_result(tmp_path, "label", "ln", [[0.1, 0.2]])
+    write_result(tmp_path, "label", "mine", [[0.1, 0.2]])
+    results = report.read_results(tmp_path)
+    assert "mine" in capsys.readouterr().err  # said, not dropped in silence
+    assert set(results) == {("input", "base"), ("label", "ln")}
+    with pytest.raises(SystemExit):
+        report.plot_figure3(results, 2, tmp_path / "figure3.png")
+    write_result(tmp_path, "input", "ln", [[0.1, 0.2]])
+    with pytest.raises(SystemExit):
+        report.plot_figure3(report.read_results(tmp_path), 2, tmp_path / "label__ln__1-1" / "result.json" / "x.png")
+    path = tmp_path / "label__ln__1-1" / "result.json"
+    path.write_text(path.read_text().replace('"num_stages": 1', '"num_stages": 2'))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        report.read_results(tmp_path)
+    error = capsys.readouterr().err
+    assert "--num-stages: 1, 2" in error
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"script": "synth_cifar_plasticity.py"}', None])

@@ -93,7 +93,19 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
+class Pointers:
+    """An array of objects whose addresses the file chooses: using one would crash the process, or run code."""
+
+    def __reduce__(self):
+        return np.ndarray, ((40,), "O", b"A" * 320)
+
+
 BAD_FILES = {
+    "an array of objects for labels": lambda path: path.write_bytes(
+        pickle.dumps({b"labels": Pointers(), b"data": np.zeros((40, 3072), np.uint8)})
+    ),
+    "an array of objects": lambda path: path.write_bytes(pickle.dumps({b"labels": [1] * 40, b"data": Pointers()})),
+    "no images": lambda path: path.write_bytes(pickle.dumps({b"labels": [], b"data": np.zeros((0, 3072), np.uint8)})),
     "a crafted pickle": lambda path: path.write_bytes(pickle.dumps({b"labels": [1], b"data": Evil()})),
     "a crafted array": lambda path: path.write_bytes(pickle.dumps({b"data": np.array([Evil()], dtype=object)})),
     "a truncated file": lambda path: path.write_bytes(path.read_bytes()[:5000]),
@@ -555,6 +567,10 @@ def test_which_runs_are_refused_continued_or_left_alone(data_dir, stopping, caps
         {"tensors": {}},
         {"counters": {"updates": 10**6}},
         {"counters": {"updates": "1"}},
+        {"counters": {**checkpoint["counters"], "updates": 20}},
+        {"counters": {**checkpoint["counters"], "test_accuracy": [[0.5]]}},
+        {"counters": {**checkpoint["counters"], "train_accuracy": [[0.5, 1.5]]}},
+        {"counters": {**checkpoint["counters"], "seconds": float("nan")}},
     ):
         torch.save(checkpoint | change, run_dir / "checkpoint.pth")
         assert "not a checkpoint" in refused(resume=True)
@@ -564,11 +580,47 @@ def test_which_runs_are_refused_continued_or_left_alone(data_dir, stopping, caps
     stopping(make_args(data_dir, resume=True))
     assert "--overwrite" in refused()
     assert "--momentum 0.9" in refused(resume=True, momentum=0.5)
+    assert "--conv-strides 3 3 1;" in refused(resume=True, conv_strides=(3, 1, 1))
     capsys.readouterr()
-    stopping(make_args(data_dir, resume=True))
+    stopping(make_args(data_dir.parent / "nowhere", run_dir=args.run_dir, resume=True, download=False))
     assert capsys.readouterr().out == f"{run_dir}: finished already\n"
     stopping(make_args(data_dir, overwrite=True))
     assert result_of(args)["resumed_at"] == []
+
+
+def test_a_diverged_run_goes_on_and_its_result_is_json(data_dir, stopping):
+    flags = BASE | dict(sam_rho=1e7, learning_rate=(1e9, 0.01), metrics_interval=2, resume=True)
+    args = make_args(data_dir, **flags)
+    with pytest.raises(SystemExit):
+        stopping(args, 14)
+    tensors = stopping(args, done=14)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    text = (args.run_dir / "input__x__1-2" / "result.json").read_text()
+    result = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    assert result["resumed_at"] == [14]
+    assert min(result["sweep"][0]["skipped_updates"]) > 0
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_read_is_no_foreign_file(data_dir, stopping, monkeypatch, capsys):
+    args = make_args(data_dir, resume=True)
+    with pytest.raises(SystemExit):
+        stopping(args, 9)
+    capsys.readouterr()
+
+    def load(error):
+        def raise_it(*args, **kwargs):
+            raise error
+
+        return raise_it
+
+    for error in (MemoryError(), RuntimeError("unable to mmap 1024 bytes: Cannot allocate memory (12)")):
+        monkeypatch.setattr(synth.torch, "load", load(error))
+        with pytest.raises(type(error)):
+            stopping(args)
+    monkeypatch.setattr(synth.torch, "load", load(OSError(5, "Input/output error")))
+    with pytest.raises(SystemExit):
+        stopping(args)
+    assert "checkpoint.pth: Input/output error" in capsys.readouterr().err
 
 
 def start(data_dir, *flags):
@@ -603,7 +655,9 @@ def test_a_real_run_is_killed_stopped_and_continued(data_dir):
 BAD_FLAGS = {
     "--task both": "--task", "--num-seeds 0": "--num-seeds", "--first-seed -1": "--first-seed",
     "--num-stages 0": "--num-stages", "--updates-per-stage 0": "--updates-per-stage", "--batch-size 0": "--batch-size",
-    "--learning-rate 0": "--learning-rate", "--learning-rate 0.1 nan": "--learning-rate",
+    "--learning-rate 0.1 0.1": "--learning-rate", "--weight-decay 0 0.1 0": "--weight-decay",
+    "--data-dir a\x01b": "--data-dir", "--learning-rate 0": "--learning-rate",
+    "--learning-rate 0.1 nan": "--learning-rate",
     "--weight-decay -1": "--weight-decay", "--momentum 1.1": "--momentum", "--conv-strides 3 3": "--conv-strides",
     "--conv-strides 3 3 0": "--conv-strides", "--conv-strides 10 10 1": "--conv-strides", "--sam-rho -1": "--sam-rho",
     "--sam-rho inf": "--sam-rho", "--reset-interval -1": "--reset-interval", "--log-interval 0": "--log-interval",
