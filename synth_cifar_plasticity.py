@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
-r"""Input and label plasticity on CIFAR-10, in one file: all seeds and settings train at once.
+r"""Input and label plasticity on CIFAR-10, in one file: all seeds and settings in one process, on a GPU in one kernel.
 
 Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning" (NeurIPS 2023),
 section 3, Figures 2 (left) and 3, appendix A.2.
@@ -13,10 +13,11 @@ section 3, Figures 2 (left) and 3, appendix A.2.
     python synth_cifar_plasticity.py --task label --learning-rate 0.1 0.01 0.001 --weight-decay 0.01 0.001   # a sweep
 
 Where it departs from the paper's text or fills it in (README.md compares paper, release and this file):
-- Strides 3, 3, 1 leave 64 features; the release has 3, 1, 1 and 2,304.                              --conv-strides
-- LayerNorm over channels and pixels of each sample, as released; the paper does not say.         --layer-norm-kind
-- CReLU in the fully connected layers; the next layer's fan-in doubles (the release halves widths).   --crelu-scope
-- Every class gets a new label by a random permutation; the release adds 1 modulo 10.                --label-change
+- Learning rate and weight decay are swept there; one value of each by default here.  --learning-rate, --weight-decay
+- LayerNorm over channels and pixels of each sample, as released; the paper does not say.           --layer-norm-kind
+- CReLU in the fully connected layers alone, as in the other scripts; the next layer's fan-in doubles.  --crelu-scope
+- Minibatches are cut from shuffled epochs, so that every image is seen equally often; the paper draws at random.
+- Resets come before stages 10, 20, ...; the release's come after stages 0, 10, ...               --reset-interval
 """
 
 import fcntl
@@ -39,6 +40,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,15 +191,19 @@ def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
     return images, labels, *read_batch(directory / "test_batch")
 
 
+ORDER, BATCHES, LABELS, RESETS, MEASURED = range(5)  # each seed's streams of random numbers
+
+
 def seen_images(seed: int, stage: int, num_images: int, args: Args) -> np.ndarray:
     """Indices of the images that a stage trains on: the first chunks of the seed's order, or all (section 3)."""
-    order = np.random.default_rng([seed, 0]).permutation(num_images)
+    order = np.random.default_rng([seed, ORDER]).permutation(num_images)
+    # What is left over by equal chunks is not used.
     return order[: (stage + 1) * (num_images // args.num_stages)] if args.task == "input" else order
 
 
 def stage_batches(seed: int, stage: int, num_images: int, args: Args) -> np.ndarray:
     """A stage's minibatches: indices [updates, batch], cut from a stream of shuffled epochs."""
-    rng, seen = np.random.default_rng([seed, 1, stage]), seen_images(seed, stage, num_images, args)
+    rng, seen = np.random.default_rng([seed, BATCHES, stage]), seen_images(seed, stage, num_images, args)
     needed = args.updates_per_stage * args.batch_size
     epochs = [rng.permutation(seen) for _ in range(math.ceil(needed / len(seen)))]
     return np.concatenate(epochs)[:needed].reshape(args.updates_per_stage, args.batch_size)
@@ -209,7 +215,7 @@ def stage_labels(seed: int, stage: int, args: Args) -> np.ndarray:
         return np.arange(10)
     if args.label_change == "cyclic":
         return (np.arange(10) + stage) % 10
-    return np.random.default_rng([seed, 2, stage]).permutation(10)
+    return np.random.default_rng([seed, LABELS, stage]).permutation(10)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -278,7 +284,7 @@ class Network(nn.Module):
 # --- Update -----------------------------------------------------------------------------------------------------------
 
 
-class Ensemble:
+class Replicas:
     """All replicas: every pair of learning rate and weight decay times every seed.
 
     Replica r is setting r // S, seed r % S, and a row of `weights` and `momentum` [R, P] holds all its parameters; what
@@ -301,17 +307,18 @@ class Ensemble:
         self.seed_index = torch.arange(num_replicas, device=device) % args.num_seeds
         self.groups = [slice(r, r + 1) for r in range(num_replicas)] if device.type == "cpu" else [slice(num_replicas)]
 
-        self.network = Network(args).to("meta")  # its shape; the parameters come from `weights`
+        with torch.device("meta"):  # its shape; the parameters come from `weights`
+            self.network = Network(args)
         self.shapes = {name: w.shape for name, w in self.network.named_parameters()}
         self.head_start = sum(w.numel() for w in self.network.backbone.parameters())  # the head's columns are the last
-        self.apply = vmap(lambda parameters, images: functional_call(self.network, parameters, (images,)))
+        self.vmapped_network = vmap(lambda parameters, images: functional_call(self.network, parameters, (images,)))
         self.weights = self.initial_weights(self.seeds)
         self.momentum = torch.zeros_like(self.weights)
         self.skipped = torch.zeros(num_replicas, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.batches = torch.zeros((args.updates_per_stage, args.num_seeds, args.batch_size), dtype=torch.int64)
         self.batches = self.batches.to(device)
-        self.stage_labels = torch.zeros((args.num_seeds, 10), dtype=torch.int64, device=device)
+        self.class_labels = torch.zeros((args.num_seeds, 10), dtype=torch.int64, device=device)
 
     def initial_weights(self, seeds: list[int]) -> Tensor:
         """Newly initialised weights, drawn from these seeds [S], the same for every setting: [R, P]."""
@@ -326,13 +333,13 @@ class Ensemble:
         args, num_images = self.args, len(self.images)
         batches = np.stack([stage_batches(seed, stage, num_images, args) for seed in self.seeds], axis=1)
         self.batches.copy_(torch.from_numpy(batches))
-        self.stage_labels.copy_(torch.from_numpy(np.stack([stage_labels(seed, stage, args) for seed in self.seeds])))
+        self.class_labels.copy_(torch.from_numpy(np.stack([stage_labels(seed, stage, args) for seed in self.seeds])))
         self.position.fill_(position)
 
     @torch.no_grad()
     def reset_heads(self, stage: int) -> None:
         """Re-initialise the fully connected layers and clear their momentum; in place (section 3)."""
-        seeds = [int(np.random.default_rng([seed, 3, stage]).integers(2**63)) for seed in self.seeds]
+        seeds = [int(np.random.default_rng([seed, RESETS, stage]).integers(2**63)) for seed in self.seeds]
         self.weights[:, self.head_start :] = self.initial_weights(seeds)[:, self.head_start :]
         self.momentum[:, self.head_start :] = 0
 
@@ -346,7 +353,7 @@ class Ensemble:
         parameters = {k: part.view(-1, *shape) for (k, shape), part in zip(self.shapes.items(), parts, strict=True)}
         if len(weights) == 1:  # vmap would take a quarter more time on a CPU
             return functional_call(self.network, {k: w[0] for k, w in parameters.items()}, (images[0],))[None]
-        return self.apply(parameters, images)
+        return self.vmapped_network(parameters, images)
 
     def gradient(self, weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of each replica, [G], and its gradient, [G, P]."""
@@ -358,8 +365,8 @@ class Ensemble:
     def next_batch(self, group: slice) -> tuple[Tensor, Tensor]:
         """The minibatch of each replica: standardised images [G, B, 3, 32, 32] and labels [G, B]."""
         seeds = self.seed_index[group]
-        index = self.batches[self.position, seeds]
-        return self.standardise(self.images[index]), self.stage_labels[seeds].gather(1, self.labels[index])
+        index = self.batches[self.position % len(self.batches), seeds]  # capture() runs ahead
+        return self.standardise(self.images[index]), self.class_labels[seeds].gather(1, self.labels[index])
 
     @torch.no_grad()
     def sgd(self, group: slice, gradient: Tensor) -> None:
@@ -390,18 +397,21 @@ class Ensemble:
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor, index: Tensor) -> list[float]:
         """Share of images `index` [S, N] whose label in this stage is predicted, of each replica."""
-        correct = torch.zeros(len(self.weights), device=self.device)
+        correct = torch.zeros(len(self.weights), dtype=torch.int64, device=self.device)
         for group in self.groups:
             seeds = self.seed_index[group]
-            for part in index[seeds].split(500, dim=1):
+            for part in index[seeds].split(self.args.batch_size, dim=1):
                 predicted = self.forward(self.weights[group], self.standardise(images[part])).argmax(2)
-                correct[group] += (predicted == self.stage_labels[seeds].gather(1, labels[part])).sum(1)
-        return (correct / index.shape[1]).tolist()
+                correct[group] += (predicted == self.class_labels[seeds].gather(1, labels[part])).sum(1)
+        return (correct.double() / index.shape[1]).tolist()
 
     def evaluate(self, stage: int) -> tuple[list[float], list[float]]:
-        """Accuracy of each replica on (up to 10,000 of) the images that the stage trains on, and on the test images."""
-        seen = np.stack([seen_images(seed, stage, len(self.images), self.args)[:10_000] for seed in self.seeds])
-        train = self.accuracy(self.images, self.labels, torch.from_numpy(seen).to(self.device))
+        """Accuracy of each replica on images that the stage trains on, 10,000 at most, and on the test images."""
+        some = []
+        for seed in self.seeds:
+            seen = seen_images(seed, stage, len(self.images), self.args)
+            some.append(np.random.default_rng([seed, MEASURED, stage]).permutation(seen)[:10_000])
+        train = self.accuracy(self.images, self.labels, torch.from_numpy(np.stack(some)).to(self.device))
         every = torch.arange(len(self.test_images), device=self.device).expand(len(self.seeds), -1)
         return train, self.accuracy(self.test_images, self.test_labels, every)
 
@@ -501,20 +511,21 @@ def max_eigenvalue(
     return float(ritz_values[-1])
 
 
-def plasticity_metrics(ensemble: Ensemble, stage: int) -> list[dict[str, float]]:
-    """Active units on 512 images that the stage trains on and sharpness on 32 of them, of each replica."""
-    metrics = []
-    network = Network(ensemble.args).to(ensemble.device)
-    for seed, weights in zip(ensemble.seed_index.tolist(), ensemble.weights.clone(), strict=True):
+def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float | None]]:
+    """Active units on 512 images that the stage trains on, sharpness on 32 of them: {name: [R]}, None for nan."""
+    metrics: dict[str, list[float | None]] = {}
+    network = Network(replicas.args).to(replicas.device)
+    for seed, weights in zip(replicas.seed_index.tolist(), replicas.weights.clone(), strict=True):
         vector_to_parameters(weights, network.parameters())
-        index = ensemble.batches[:, seed].flatten()[:512]
-        images = ensemble.standardise(ensemble.images[index])
-        labels = ensemble.stage_labels[seed, ensemble.labels[index[:32]]]
-        values = {f"active_units/{k}": v for k, v in active_units(network, lambda: network(images)).items()}  # noqa: B023
-        generator = torch.Generator(ensemble.device).manual_seed(stage)
+        index = replicas.batches[:, seed].flatten()[:512]
+        images = replicas.standardise(replicas.images[index])
+        labels = replicas.class_labels[seed, replicas.labels[index[:32]]]
+        values = {f"active_units/{k}": v for k, v in active_units(network, partial(network, images)).items()}
+        generator = torch.Generator(replicas.device).manual_seed(stage)
         loss = F.cross_entropy(network(images[:32]), labels)
         values["hessian_max_eigenvalue"] = max_eigenvalue(loss, list(network.parameters()), generator)
-        metrics.append(values)
+        for name, value in values.items():
+            metrics.setdefault(name, []).append(value if math.isfinite(value) else None)
     return metrics
 
 
@@ -558,7 +569,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @dataclass
 class Counters:
-    """Where a run stands. `train_accuracy` and `test_accuracy`: [stages done][replicas]; `metrics` likewise."""
+    """Where a run stands. `train_accuracy` and `test_accuracy`: [stages done][replicas]; `metrics`: of some stages."""
 
     updates: int = 0
     train_accuracy: list[list[float]] = field(default_factory=list)
@@ -623,15 +634,15 @@ def compare_flags(flags: dict, saved: dict, path: Path) -> None:
         fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
 
 
-def save_checkpoint(path: Path, flags: dict, counters: Counters, ensemble: Ensemble) -> None:
+def save_checkpoint(path: Path, flags: dict, counters: Counters, replicas: Replicas) -> None:
     """Write all that a run needs to go on; minibatches, labels and resets follow from seed and stage."""
     checkpoint = {
         "script": Path(__file__).name,
         "version": CHECKPOINT_VERSION,
         "args": flags,
         "counters": asdict(counters),
-        "tensors": ensemble.tensors(),
-        "data": ensemble.fingerprint,
+        "tensors": replicas.tensors(),
+        "data": replicas.fingerprint,
         "events": {file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")},
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
@@ -646,7 +657,7 @@ def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
             file.unlink()
 
 
-def load_checkpoint(path: Path, flags: dict, ensemble: Ensemble) -> Counters:
+def load_checkpoint(path: Path, flags: dict, replicas: Replicas) -> Counters:
     """Put all back in place; TensorBoard's files are cut to what they were, so that no step is there twice.
 
     Ends with one line if the file is not a checkpoint of this script, version and shape, or of other flags or images.
@@ -659,9 +670,9 @@ def load_checkpoint(path: Path, flags: dict, ensemble: Ensemble) -> Counters:
         if (checkpoint["script"], checkpoint["version"]) != (Path(__file__).name, CHECKPOINT_VERSION):
             raise ValueError
         compare_flags(flags, dict(checkpoint["args"]), path)
-        if checkpoint["data"] != ensemble.fingerprint:
+        if checkpoint["data"] != replicas.fingerprint:
             fail(f"{path} was made with other images; use the same --data-dir, or --overwrite", 1)
-        own, tensors = ensemble.tensors(), checkpoint["tensors"]
+        own, tensors = replicas.tensors(), checkpoint["tensors"]
         if {k: (t.shape, t.dtype) for k, t in own.items()} != {k: (t.shape, t.dtype) for k, t in tensors.items()}:
             raise ValueError
         if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
@@ -671,7 +682,7 @@ def load_checkpoint(path: Path, flags: dict, ensemble: Ensemble) -> Counters:
             raise ValueError
         if len(counters.resumed_at) >= counters.updates or not 0 <= counters.seconds < math.inf:
             raise ValueError
-        shape = ((counters.updates - 1) // flags["updates_per_stage"], len(ensemble.weights))
+        shape = ((counters.updates - 1) // flags["updates_per_stage"], len(replicas.weights))
         for accuracies in (counters.train_accuracy, counters.test_accuracy):
             values = np.array(accuracies, dtype=float).reshape(shape)
             if len(accuracies) != shape[0] or not ((values >= 0) & (values <= 1)).all():
@@ -761,14 +772,14 @@ def memory_needed(args: Args) -> int:
     """Bytes that a run holds on its device at most, PyTorch itself and the images aside, about."""
     with torch.device("meta"):  # shapes without memory
         parameters = sum(w.numel() for w in Network(args).parameters())
-    replicas = args.num_seeds * len(args.learning_rate) * len(args.weight_decay)
-    together = replicas if args.device == "cuda" else 1  # see Ensemble
+    num_replicas = args.num_seeds * len(args.learning_rate) * len(args.weight_decay)
+    together = num_replicas if args.device == "cuda" else 1  # see Replicas
     size = (32 - 3) // args.conv_strides[0] + 1
     # Of each replica: weights, momentum, a copy while they are drawn. Of those together: gradient, perturbed weights,
     # temporaries; of each image: itself, its patches, and thrice the first convolution's outputs, the largest.
-    images = max(args.batch_size, 500) * (3 * 3 * 32**2 + 27 * size**2 + 3 * 2 * 32 * size**2)
+    images = args.batch_size * (3 * 3 * 32**2 + 27 * size**2 + 3 * 2 * 32 * size**2)
     batches = 8 * args.num_seeds * args.updates_per_stage * args.batch_size
-    return 4 * (replicas * 3 * parameters + together * (5 * parameters + images)) + 2 * batches
+    return 4 * (num_replicas * 3 * parameters + together * (5 * parameters + images)) + 2 * batches
 
 
 def due(interval: int, count: int) -> bool:
@@ -814,12 +825,12 @@ def device_name(args: Args) -> str:
 def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], resumed: bool, stop: Stop) -> None:
     """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
-    ensemble = Ensemble(args, data, torch.device(args.device))
-    parameters = ensemble.weights.shape[1]
+    replicas = Replicas(args, data, torch.device(args.device))
+    parameters = replicas.weights.shape[1]
     total_updates = args.num_stages * args.updates_per_stage
-    names = [f"lr_{lr:g}_decay_{decay:g}" for lr, decay in ensemble.settings]
+    names = [f"lr_{lr:g}_decay_{decay:g}" for lr, decay in replicas.settings]
 
-    counters = load_checkpoint(checkpoint_path, flags, ensemble) if resumed else Counters()
+    counters = load_checkpoint(checkpoint_path, flags, replicas) if resumed else Counters()
     if resumed:
         counters.resumed_at.append(counters.updates)
         stop.hint = "; --resume continues the run"
@@ -842,118 +853,114 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
     if not resumed:
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
     start = f"continued after update {counters.updates:,}, " if resumed else ""
-    size = f"{len(ensemble.settings) * args.num_seeds} replicas of {parameters:,} parameters, {total_updates:,} updates"
+    size = f"{len(replicas.settings) * args.num_seeds} replicas of {parameters:,} parameters, {total_updates:,} updates"
     print(f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(args) / 2**30:.1f} GiB")
 
-    update = ensemble.update
+    update = replicas.update
     if args.cuda_graph and args.device == "cuda":
-        ensemble.start_stage(0)
-        update = capture(update, [*ensemble.tensors().values(), ensemble.position])
+        replicas.start_stage(0)
+        update = capture(update, [*replicas.tensors().values(), replicas.position])
     start_time = time.perf_counter() - counters.seconds
     checkpoint_time = time.perf_counter()
     progress = tqdm(initial=counters.updates, total=total_updates, desc=args.task, unit="update", disable=None)
     stop.obey(at_once=False)
-    ensemble.start_stage(*divmod(max(counters.updates - 1, 0), args.updates_per_stage))  # of the last update
-    while True:
-        stage, position = divmod(counters.updates, args.updates_per_stage)
-        if position == 0 and counters.updates > 0:  # the stage before is over
-            measuring_start = time.perf_counter()
-            stop.obey(at_once=args.checkpoint_interval != 0)  # the checkpoint of this very update is written
-            train_accuracy, test_accuracy = ensemble.evaluate(stage - 1)
-            metrics = plasticity_metrics(ensemble, stage - 1) if due(args.metrics_interval, stage) else []
-            stop.obey(at_once=False)
-            counters.train_accuracy.append(train_accuracy)
-            counters.test_accuracy.append(test_accuracy)
-            if metrics:
-                finite = [{tag: v if math.isfinite(v) else None for tag, v in one.items()} for one in metrics]
-                counters.metrics.append({"stage": stage - 1, "replicas": finite})  # JSON has no nan
-            for i, name in enumerate(names):
-                replicas = slice(i * args.num_seeds, (i + 1) * args.num_seeds)
-                for tag, values in (("train_accuracy", train_accuracy), ("test_accuracy", test_accuracy)):
-                    writer.add_scalar(f"{tag}/{name}", np.mean(values[replicas]), counters.updates)
-                for tag in metrics[0] if metrics else ():
-                    values = [one[tag] for one in metrics[replicas]]
-                    writer.add_scalar(f"plasticity/{tag}/{name}", np.mean(values), counters.updates)
-            counters.measuring_seconds += time.perf_counter() - measuring_start
-        if counters.updates == total_updates:
-            break
-        if position == 0:
-            if due(args.reset_interval, stage):
-                ensemble.reset_heads(stage)
-            ensemble.start_stage(stage)
-        elif resumed:
-            ensemble.start_stage(stage, position)
-        resumed = False
-        losses = update()
-        counters.updates += 1
-        progress.update()
+    for stage in range(len(counters.test_accuracy), args.num_stages):
+        done = counters.updates - stage * args.updates_per_stage  # of this stage, where the run was stopped
+        if done == 0 and due(args.reset_interval, stage):
+            replicas.reset_heads(stage)
+        replicas.start_stage(stage, done)
+        for _ in range(done, args.updates_per_stage):
+            losses = update()
+            counters.updates += 1
+            progress.update()
 
-        if due(args.log_interval, counters.updates):
-            for name, loss in zip(names, losses.view(len(names), -1).mean(1).tolist(), strict=True):
-                writer.add_scalar(f"losses/{name}", loss, counters.updates)
-            training_time = time.perf_counter() - start_time - counters.measuring_seconds
-            writer.add_scalar("charts/updates_per_second", counters.updates / training_time, counters.updates)
-        if args.checkpoint_interval == "auto":
-            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
-        else:
-            checkpoint_due = due(args.checkpoint_interval, counters.updates)
-        # Before an evaluation too: it can take minutes.
-        stage_over = due(args.updates_per_stage, counters.updates)
-        if args.checkpoint_interval != 0 and (checkpoint_due or stage_over or stop.signum):
-            counters.seconds = time.perf_counter() - start_time
-            writer.flush()
-            try:
-                save_checkpoint(checkpoint_path, flags, counters, ensemble)
-                stop.hint = "; --resume continues the run"
-            except OSError as error:  # the one before stays, if there is one
-                print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
-            checkpoint_time = time.perf_counter()
-        if stop.signum:
-            progress.close()
-            writer.close()
-            stop.obey(at_once=True)
+            if due(args.log_interval, counters.updates):
+                for name, loss in zip(names, losses.view(len(names), -1).mean(1).tolist(), strict=True):
+                    writer.add_scalar(f"losses/{name}", loss, counters.updates)
+                training_time = time.perf_counter() - start_time - counters.measuring_seconds
+                writer.add_scalar("charts/updates_per_second", counters.updates / training_time, counters.updates)
+            if args.checkpoint_interval == "auto":
+                checkpoint_due = time.perf_counter() - checkpoint_time >= 300
+            else:
+                checkpoint_due = due(args.checkpoint_interval, counters.updates)
+            # Before an evaluation too: it can take minutes.
+            stage_over = due(args.updates_per_stage, counters.updates)
+            if args.checkpoint_interval != 0 and (checkpoint_due or stage_over or stop.signum):
+                counters.seconds = time.perf_counter() - start_time
+                writer.flush()
+                try:
+                    save_checkpoint(checkpoint_path, flags, counters, replicas)
+                    stop.hint = "; --resume continues the run"
+                except OSError as error:  # the one before stays, if there is one
+                    print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
+                checkpoint_time = time.perf_counter()
+            if stop.signum:
+                progress.close()
+                writer.close()
+                stop.obey(at_once=True)
+
+        measuring_start = time.perf_counter()
+        stop.obey(at_once=args.checkpoint_interval != 0)  # the checkpoint of this very update is written
+        train_accuracy, test_accuracy = replicas.evaluate(stage)
+        metrics = plasticity_metrics(replicas, stage) if due(args.metrics_interval, stage + 1) else {}
+        stop.obey(at_once=False)
+        counters.train_accuracy.append(train_accuracy)
+        counters.test_accuracy.append(test_accuracy)
+        if metrics:
+            counters.metrics.append({"stage": stage} | metrics)
+        measured = {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
+        for tag, values in (measured | {f"plasticity/{tag}": values for tag, values in metrics.items()}).items():
+            for name, of_setting in zip(names, np.array(values, dtype=float).reshape(len(names), -1), strict=True):
+                writer.add_scalar(f"{tag}/{name}", of_setting.mean(), counters.updates)
+        counters.measuring_seconds += time.perf_counter() - measuring_start
     progress.close()
     writer.close()
 
     wall_clock = time.perf_counter() - start_time
     training_time = wall_clock - counters.measuring_seconds
-    sweep = summarise(ensemble, counters)
+    sweep = summarise(replicas, counters)
     best = max(sweep, key=lambda setting: setting["final_accuracy_mean"])
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "task": args.task, "first_seed": args.first_seed,
-        "num_seeds": args.num_seeds, "args": flags, **best, "sweep": sweep, "metrics": counters.metrics,
+        "num_seeds": args.num_seeds, "args": flags, **best, "sweep": sweep,
         "gradient_updates": counters.updates, "parameters": parameters, "resumed_at": counters.resumed_at,
         "wall_clock_seconds": wall_clock, "updates_per_second": counters.updates / training_time,
-        "data": ensemble.fingerprint, "device": device_name(args), "versions": versions, "git_commit": git_commit(),
+        "data": replicas.fingerprint, "device": device_name(args), "versions": versions, "git_commit": git_commit(),
     }
     # fmt: on
     write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2, allow_nan=False).encode()))
     checkpoint_path.unlink(missing_ok=True)
-    low, high = best["final_accuracy_interval"]
-    accuracy = f"{best['final_accuracy_mean']:.3f} [{low:.3f}, {high:.3f}] over {args.num_seeds} seeds"
+    accuracy = f"{best['final_accuracy_mean']:.3f}"
+    if args.num_seeds > 1:
+        low, high = best["final_accuracy_interval"]
+        accuracy += f" [{low:.3f}, {high:.3f}] over {args.num_seeds} seeds"
     setting = f"learning rate {best['learning_rate']:g}, weight decay {best['weight_decay']:g}"
     print(f"{args.task}: final test accuracy {accuracy}, at {setting}; {result_path}")
 
 
-def summarise(ensemble: Ensemble, counters: Counters) -> list[dict]:
-    """For each setting: accuracies [seeds][stages], their last value and mean over stages, [seeds], and intervals."""
+def summarise(replicas: Replicas, counters: Counters) -> list[dict]:
+    """For each setting: accuracies and metrics by seed and stage, final and mean accuracy, and their intervals."""
     sweep = []
-    for i, (learning_rate, weight_decay) in enumerate(ensemble.settings):
-        replicas = slice(i * len(ensemble.seeds), (i + 1) * len(ensemble.seeds))
-        train, test = (np.array(x)[:, replicas].T for x in (counters.train_accuracy, counters.test_accuracy))
+    for i, (learning_rate, weight_decay) in enumerate(replicas.settings):
+        own = slice(i * len(replicas.seeds), (i + 1) * len(replicas.seeds))
+        train, test = (np.array(x)[:, own].T for x in (counters.train_accuracy, counters.test_accuracy))
         setting = {"learning_rate": learning_rate, "weight_decay": weight_decay}
         for name, values in (("final_accuracy", test[:, -1]), ("mean_accuracy", test.mean(1))):
             setting |= {name: values.tolist(), f"{name}_mean": float(values.mean())}
             setting[f"{name}_interval"] = bootstrap_interval(values)
-        setting["skipped_updates"] = ensemble.skipped[replicas].tolist()
-        sweep.append(setting | {"test_accuracy": test.tolist(), "train_accuracy": train.tolist()})
+        setting["skipped_updates"] = replicas.skipped[own].tolist()
+        setting |= {"test_accuracy": test.tolist(), "train_accuracy": train.tolist()}
+        setting["metrics"] = [{k: v if k == "stage" else v[own] for k, v in one.items()} for one in counters.metrics]
+        sweep.append(setting)
     return sweep
 
 
-def bootstrap_interval(values: np.ndarray) -> list[float]:
-    """95% interval of the mean over seeds, by the percentile bootstrap: [N] -> [low, high]."""
+def bootstrap_interval(values: np.ndarray) -> list[float] | None:
+    """95% interval of the mean over seeds, by the percentile bootstrap: [N] -> [low, high]; None for one seed."""
+    if len(values) < 2:
+        return None
     samples = np.random.default_rng(0).choice(values, (10_000, len(values)))
     return np.percentile(samples.mean(1), [2.5, 97.5]).tolist()
 

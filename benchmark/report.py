@@ -138,8 +138,8 @@ def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) ->
                 if (task, method) not in gains:
                     continue
                 points = gains[task, method]
-                low, high = bootstrap_interval(points)
-                error = [[points.mean() - low], [high - points.mean()]]
+                low, high = bootstrap_interval(points) or (points.mean(), points.mean())
+                error = [[points.mean() - low], [high - points.mean()]] if len(points) > 1 else None
                 axis.bar(x + shift, points.mean(), 0.36, color=colour, yerr=error, capsize=3, label=task)
                 axis.plot(np.full(len(points), x + shift), points, "o", ms=3.5, mfc="white", mec="black")
         axis.axhline(0, color="black", linewidth=0.8)

@@ -41,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import plastic_drq_rainbow_atari as atari_script
+import plastic_drq_sac_dmc as dmc_script
 import synth_cifar_plasticity as synth_script
 
 
@@ -49,7 +50,9 @@ class Args:
     """Time the scripts' updates by part."""
 
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
-    script: Literal["all", "plastic_drq_rainbow_atari.py", "synth_cifar_plasticity.py"] = "all"  # what to run
+    script: Literal["all", "plastic_drq_rainbow_atari.py", "plastic_drq_sac_dmc.py", "synth_cifar_plasticity.py"] = (
+        "all"  # what to run
+    )
     quick: bool = False  # few updates: does it work, not how fast is it
     json: Path | None = None  # write the figures to this file too
 
@@ -163,6 +166,62 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     }
 
 
+def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
+    """plastic_drq_sac_dmc.py: base and PLASTIC on quadruped-run, rendered as the suite does and fast."""
+    script = dmc_script
+    base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
+    methods = {"base": base, "PLASTIC": {}, "PLASTIC, fast rendering": dict(render_quality="fast")}
+
+    def prepare(flags: dict) -> Subject:
+        args = script.resolve(script.Args(device=device, buffer_size=2_000, **flags))
+        generator = torch.Generator(device).manual_seed(0)
+        env = script.DMControl(args)
+        rng, action_dim = np.random.default_rng(0), env.action_space.shape[0]
+        agent = script.Agent(action_dim, args, generator)
+        shape = env.observation_space.shape
+        replay = script.ReplayBuffer(args.buffer_size, 500, shape, action_dim, args.frame_stack, torch.device(device))
+        replay.start(env.reset()[0])
+
+        def env_step():
+            action = rng.uniform(-1, 1, action_dim).astype(np.float32)
+            frame, reward, terminated, truncated, _ = env.step(action)
+            replay.add(action, reward, terminated, frame)
+            if terminated or truncated:
+                replay.start(env.reset()[0])
+
+        for _ in range(50 if quick else 600):
+            env_step()
+
+        def next_batch():
+            return replay.sample(args.batch_size, generator)
+
+        eager_update, act = lambda: agent.update(next_batch()), lambda: agent.act(replay.newest())
+        update = eager_update
+        if device == "cuda":
+            update, act = script.capture_all(agent, next_batch, replay)
+        steps = args.total_timesteps // args.action_repeat
+        return Subject(
+            update=update,
+            eager_update=eager_update,
+            act=lambda: act().cpu(),
+            env_step=env_step,
+            parameters=sum(w.numel() for group in agent.parameters.values() for w in group),
+            env_steps=steps,
+            updates=(steps - args.learning_starts + 1) * args.updates_per_step,
+            parts={
+                "sample": (script.ReplayBuffer, "sample"),
+                "augment": (script, "augment"),
+                "td_target": (script.Agent, "td_target"),
+                "gradients": (script, "sam_gradient"),
+                "optimizers": (torch.optim.Adam, "step"),
+                "ema": (script, "move_target"),
+                "undo": (script.Agent, "undo"),
+            },
+        )
+
+    return {name: lambda flags=flags: prepare(flags) for name, flags in methods.items()}
+
+
 def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     """synth_cifar_plasticity.py: base and SAM for several numbers of seeds, and one seed in a plain loop."""
     script = synth_script
@@ -172,10 +231,10 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
     methods = {"base": base, "SAM": base | dict(sam_rho=0.1)}
 
-    def plain_update(ensemble: script.Ensemble) -> Callable[[], object]:
+    def plain_update(replicas: script.Replicas) -> Callable[[], object]:
         """As one would write it for one seed."""
         torch.manual_seed(1)
-        args, network = ensemble.args, script.Network(ensemble.args).to(device)
+        args, network = replicas.args, script.Network(replicas.args).to(device)
         parameters = list(network.parameters())
         sgd = torch.optim.SGD(
             parameters, lr=args.learning_rate[0], momentum=args.momentum, weight_decay=args.weight_decay[0]
@@ -183,8 +242,8 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         cross_entropy = torch.nn.functional.cross_entropy
 
         def update() -> None:
-            images, labels = (x[0] for x in ensemble.next_batch(slice(1)))
-            ensemble.position += 1
+            images, labels = (x[0] for x in replicas.next_batch(slice(1)))
+            replicas.position += 1
             sgd.zero_grad()
             cross_entropy(network(images), labels).backward()
             if args.sam_rho > 0:
@@ -202,22 +261,22 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
 
     def prepare(flags: dict, seeds: int, plain: bool) -> Subject:
         args = script.resolve(script.Args(device=device, num_seeds=seeds, **flags))
-        ensemble = script.Ensemble(args, data, torch.device(device))
-        ensemble.start_stage(0)
-        eager_update = plain_update(ensemble) if plain else ensemble.update
+        replicas = script.Replicas(args, data, torch.device(device))
+        replicas.start_stage(0)
+        eager_update = plain_update(replicas) if plain else replicas.update
         update = eager_update
         if device == "cuda" and not plain:
-            update = script.capture(eager_update, [*ensemble.tensors().values(), ensemble.position])
+            update = script.capture(eager_update, [*replicas.tensors().values(), replicas.position])
         parts = {
-            "batch": (script.Ensemble, "next_batch"),
-            "forward": (script.Ensemble, "forward"),
+            "batch": (script.Replicas, "next_batch"),
+            "forward": (script.Replicas, "forward"),
             "backward": (torch.autograd, "grad"),
-            "sgd": (script.Ensemble, "sgd"),
+            "sgd": (script.Replicas, "sgd"),
         }
         return Subject(
             update=update,
             eager_update=eager_update,
-            parameters=ensemble.weights.numel(),
+            parameters=replicas.weights.numel(),
             updates=args.num_stages * args.updates_per_stage,
             parts=parts,
             seeds=seeds,
@@ -231,7 +290,11 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     }
 
 
-SCRIPTS = {"plastic_drq_rainbow_atari.py": atari, "synth_cifar_plasticity.py": synth}
+SCRIPTS = {
+    "plastic_drq_rainbow_atari.py": atari,
+    "plastic_drq_sac_dmc.py": dmc,
+    "synth_cifar_plasticity.py": synth,
+}
 
 
 class Clock:
