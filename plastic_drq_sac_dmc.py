@@ -353,7 +353,7 @@ class ReplayBuffer:
         self.slots = capacity + math.ceil(capacity / episode_steps) + frame_stack
         self.frame_stack = frame_stack
         self.frames = torch.zeros((self.slots, *obs_shape), dtype=torch.uint8, device=device)
-        self.ages = torch.zeros(self.slots, dtype=torch.int64, device=device)
+        self.ages = torch.ones(self.slots, dtype=torch.int64, device=device)
         self.actions = torch.zeros((self.slots, action_dim), device=device)
         self.rewards = torch.zeros(self.slots, device=device)
         self.terminated = torch.zeros(self.slots, device=device)
@@ -363,7 +363,9 @@ class ReplayBuffer:
         self.cursor = 0
 
     def start(self, frame: np.ndarray) -> None:
-        """Begin an episode with its first frame, uint8 [channels, H, W]."""
+        """Begin an episode with its first frame, uint8 [channels, H, W]; one without a step yet gives up its slot."""
+        if self.ages[self.cursor] == 0:  # a run that is continued where an episode ended
+            self.cursor -= 1
         self.push(frame, 0)
 
     def add(self, action: np.ndarray, reward: float, terminated: bool, next_frame: np.ndarray) -> None:
@@ -526,7 +528,8 @@ class Agent:
         self.sam_backup = {name: [torch.empty_like(w) for w in perturbed] for name, perturbed in self.perturbed.items()}
         self.target_rate = torch.tensor(1 - args.target_ema, device=device)
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
-        self.before = [torch.empty_like(tensor) for tensor in self.learned().values()]
+        self.changing = list(self.learned().values())
+        self.before = [torch.empty_like(tensor) for tensor in self.changing]
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
         """Adam with its state in place, which it would else make in its first step, perhaps in a CUDA graph."""
@@ -559,7 +562,7 @@ class Agent:
     def update(self, batch: Batch) -> Tensor:
         """One gradient update (Algorithm 2, lines 9 to 21). Returns losses, Q-value, entropy and temperature, [5]."""
         args, online = self.args, self.online
-        torch._foreach_copy_(self.before, list(self.learned().values()))
+        torch._foreach_copy_(self.before, self.changing)
         images, next_images = (augment(obs, args.aug_shift, 0.0, self.generator) for obs in (batch.obs, batch.next_obs))
         shape = (2, len(images), self.action_dim)
         next_noise, noise = torch.randn(shape, generator=self.generator, device=images.device)
@@ -600,7 +603,7 @@ class Agent:
     @torch.no_grad()
     def undo(self, skipped: Tensor) -> None:
         """Where skipped, put everything back to what it was before this update."""
-        for tensor, before in zip(self.learned().values(), self.before, strict=True):
+        for tensor, before in zip(self.changing, self.before, strict=True):
             tensor.copy_(torch.where(skipped, before, tensor))
 
     def count(self, skipped: Tensor) -> None:

@@ -3,12 +3,15 @@
 import copy
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 import plastic_drq_sac_dmc as dmc
@@ -475,3 +478,129 @@ def test_equal_seeds_give_equal_runs_past_a_reset(tmp_path, method, evaluate_her
     assert results[0]["resets"] == (0 if method == "base" else 2)
     assert len(results[0]["episode_returns"]) == 2
     assert results[0]["episode_returns"] == results[1]["episode_returns"]
+
+
+class ScriptedEnv:
+    """Episodes of 10 steps whose frames and rewards follow from step and action: the same in a continued run."""
+
+    def __init__(self, args, seed=0):
+        self.env = SimpleNamespace(_step_limit=20, control_timestep=lambda: 0.01)
+        self.action_space = dmc.gym.spaces.Box(-1, 1, (2,), np.float32)
+        self.observation_space = dmc.gym.spaces.Box(0, 255, (1, 16, 16), np.uint8)
+
+    def frame(self):
+        return np.random.default_rng(self.step_number).integers(256, size=(1, 16, 16), dtype=np.uint8)
+
+    def reset(self, seed=None, options=None):
+        self.step_number = 0
+        return self.frame(), {}
+
+    def step(self, action):
+        self.step_number += 1
+        return self.frame(), float(action.sum()), False, self.step_number == 10, {}
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """train(args, at, done): a run on scripted episodes, stopped by SIGTERM after step `at`; returns its tensors."""
+    kept = {}
+
+    class KeptAgent(dmc.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            kept["agent"] = self
+
+    class KeptReplay(dmc.ReplayBuffer):
+        def add(self, *args):
+            super().add(*args)
+            kept["steps"] += 1
+            if kept["steps"] == kept["at"]:
+                kept["stop"].request(signal.SIGTERM)
+
+    for name, fake in (("DMControl", ScriptedEnv), ("Agent", KeptAgent), ("ReplayBuffer", KeptReplay)):
+        monkeypatch.setattr(dmc, name, fake)
+    monkeypatch.setattr(dmc, "evaluate", lambda agent, args, video=None: [float(agent.log_alpha.detach().exp())])
+
+    def train(args, at=0, done=0):
+        kept.update(at=at - done, steps=0, stop=dmc.Stop())
+        dmc.run(args, kept["stop"])
+        return kept["agent"].tensors()
+
+    return train
+
+
+@pytest.mark.parametrize("stops", [(30,), (20, 50, 70), (80,)], ids=str)
+def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path, scripted, stops):
+    """On scripted episodes, stopped where one ends: before learning starts, before and after resets, at the end."""
+    flags = dict(total_timesteps=160, learning_starts=25, reset_interval=20, eval_interval=40, metrics_interval=35)
+    flags |= dict(run_dir=tmp_path, resume=True, log_interval=10)
+    whole = {name: tensor.clone() for name, tensor in scripted(make_args(exp_name="whole", **flags)).items()}
+    broken, done = make_args(exp_name="broken", **flags), 0
+    for at in stops:
+        with pytest.raises(SystemExit) as exit_info:
+            scripted(broken, at, done)
+        assert exit_info.value.code == 143
+        done = at
+        torch.manual_seed(999)
+    for name, tensor in scripted(broken).items():
+        assert torch.equal(tensor, whole[name]), name
+    results = [result_of(make_args(exp_name=name, **flags)) for name in ("whole", "broken")]
+    assert results[1]["resumed_at"] == list(stops)
+    for key in ("gradient_updates", "resets", "episode_returns", "agent_steps"):
+        assert results[0][key] == results[1][key]
+    logged = [scalars(tmp_path / f"cartpole-swingup_sparse__{name}__1") for name in ("whole", "broken")]
+    for one in logged:
+        one.pop("charts/SPS")
+    assert logged[0] == logged[1]
+
+
+def scalars(run_dir):
+    events = EventAccumulator(str(run_dir), purge_orphaned_data=False)
+    events.Reload()
+    return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+
+
+BAD_FLAGS = {
+    "--env-id walker-fly": "walker-run", "--env-id Alien": "closest", "--env-id cartpole": "cartpole-",
+    "--seed -1": "--seed",
+    "--total-timesteps 0": "--total-timesteps", "--total-timesteps 2000": "--learning-starts",
+    "--action-repeat -1": "--action-repeat", "--frame-stack 0": "--frame-stack", "--image-size 8": "--image-size",
+    "--updates-per-step 0": "--updates-per-step", "--batch-size 0": "--batch-size", "--learning-starts 0":
+    "--learning-starts", "--learning-rate nan": "--learning-rate", "--gamma 1.1": "--gamma", "--target-ema -0.1":
+    "--target-ema", "--initial-temperature 0": "--initial-temperature", "--buffer-size 0": "--buffer-size",
+    "--aug-shift -1": "--aug-shift", "--sam-rho -0.1": "--sam-rho", "--sam-rho inf": "--sam-rho",
+    "--sam-scope head": "--sam-scope", "--render-quality low": "--render-quality", "--reset-interval -1":
+    "--reset-interval", "--eval-episodes 0": "--eval-episodes", "--exp-name ..": "--exp-name",
+    "--resume --overwrite": "--resume", "--checkpoint-interval soon": "--checkpoint-interval",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_flag_that_makes_no_sense_ends_with_code_2_and_says_so(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        dmc.resolve(tyro.cli(dmc.Args, args=flags.split()))
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert BAD_FLAGS[flags] in error
+    assert (error.startswith("error: ") and error.count("\n") == 1) or "For full helptext" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_replay_goes_and_what_does_not_fit(monkeypatch, capsys):
+    args = make_args(total_timesteps=2_000_000, image_size=64)
+    replay, training = dmc.memory_needed(1, args)
+    assert 1_000_000 * 64**2 < replay < 1.05 * 1_000_000 * 64**2
+    free = {}
+    monkeypatch.setattr(dmc, "memory_available", lambda device: free[device.type])
+    gpu = dmc.replace(args, device="cuda")
+    for cuda, cpu, expected in ((2 * replay, 0, "cuda"), (replay, 2 * replay, "cpu"), (replay, replay - 1, None),
+                                (training - 1, 2 * replay, None)):  # fmt: skip
+        free.update(cuda=cuda, cpu=cpu)
+        if expected:
+            assert dmc.place_replay(1, gpu).type == expected
+        else:
+            with pytest.raises(SystemExit) as exit_info:
+                dmc.place_replay(1, gpu)
+            assert exit_info.value.code == 1
+            assert "--buffer-size" in capsys.readouterr().err
