@@ -61,7 +61,10 @@ def read_results(runs: Path) -> dict[tuple[str, str], dict]:
             result |= {name: float(result[name]) for name in numbers}
             key = (str(result["task"]), str(result["exp_name"]))
             result["num_seeds"] = len(accuracies)
-            result["protocol"] = {name: result["args"][name] for name in PROTOCOL}
+            result["protocol"] = {name: result["args"][name] for name in PROTOCOL} | {"images": result["data"]}
+            flags = result["args"]
+            on = {"ln": flags["layer_norm"], "crelu": flags["crelu"], "sam": flags["sam_rho"] > 0}
+            on |= {"reset": flags["reset_interval"] > 0}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             fail(f"{path}: not a result of synth_cifar_plasticity.py ({error!r})", 1)
         if key in results:
@@ -69,13 +72,16 @@ def read_results(runs: Path) -> dict[tuple[str, str], dict]:
         if key[0] not in TASKS or key[1] not in NAMES:
             print(f"left out: {path}, whose exp-name is none of {', '.join(NAMES)}", file=sys.stderr)
             continue
+        parts = on.keys() if key[1] == "plastic" else key[1].split("_")
+        if any((part in parts) != is_on for part, is_on in on.items()):
+            fail(f"{path}: its flags are not those of {key[1]}", 1)
         results[key] = result
     if not results:
         fail(f"{runs}: no result of the synthetic experiment in its directories", 1)
-    for name in PROTOCOL:
-        values = {json.dumps(result["protocol"][name]) for result in results.values()}
+    for name in (*PROTOCOL, "images"):
+        values = sorted({json.dumps(result["protocol"][name]) for result in results.values()})
         if len(values) > 1:
-            fail(f"{runs}: runs with different --{name.replace('_', '-')}: {', '.join(sorted(values))}", 1)
+            fail(f"{runs}: runs cannot be compared, they differ in {name}: {', '.join(values)}", 1)
     return results
 
 
@@ -147,6 +153,10 @@ def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) ->
         axis.set_title(title)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
+    protocol = next(iter(results.values()))["protocol"]
+    figure.suptitle(
+        f"{protocol['num_stages']} stages of {protocol['updates_per_stage']} updates, the last {last} averaged"
+    )
     axes[0, 0].set_ylabel("test accuracy above base\n(percentage points)")
     handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
     axes[0, -1].legend(handles.values(), [f"{task} task" for task in handles])

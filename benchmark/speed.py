@@ -13,6 +13,9 @@ its own, the weights never composed), "contiguous" (images and convolutions in P
 (parameter by parameter); and base and PLASTIC "plain": contiguous and loop Adam together, as one would first write it.
 On CUDA these run eagerly: compare them by eager_update_ms.
 
+DrQ-SAC is measured on quadruped-run; its ms per interaction are those of one agent step: two of the simulation, and one
+frame, rendered as the suite does or fast. (quick: batches of 16.)
+
 The synthetic experiment trains its seeds side by side: its figures are for 1, 3, 10 and 30 seeds (quick: 1 and 3) and
 for a plain loop, one network with torch.optim.SGD. Its images are random here.
 
@@ -173,7 +176,8 @@ def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     methods = {"base": base, "PLASTIC": {}, "PLASTIC, fast rendering": dict(render_quality="fast")}
 
     def prepare(flags: dict) -> Subject:
-        args = script.resolve(script.Args(device=device, buffer_size=2_000, **flags))
+        size = dict(batch_size=16) if quick else {}
+        args = script.resolve(script.Args(device=device, buffer_size=2_000, **size, **flags))
         generator = torch.Generator(device).manual_seed(0)
         env = script.DMControl(args)
         rng, action_dim = np.random.default_rng(0), env.action_space.shape[0]

@@ -62,10 +62,12 @@ def test_a_grid_narrowed_and_swept():
 
 
 def write_result(runs, task, method, accuracies, first_seed=1):
+    parts = {"plastic": "ln sam crelu reset".split()}.get(method, method.split("_"))
     result = {
         "script": "synth_cifar_plasticity.py", "task": task, "exp_name": method, "first_seed": first_seed,
         "num_seeds": len(accuracies), "learning_rate": 0.01, "weight_decay": 0.001, "test_accuracy": accuracies,
-        "args": dict.fromkeys(report.PROTOCOL, 1),
+        "args": dict.fromkeys(report.PROTOCOL, 1) | dict(layer_norm="ln" in parts, crelu="crelu" in parts,
+            sam_rho=0.1 * ("sam" in parts), reset_interval=10 * ("reset" in parts)), "data": 1,
         "final_accuracy_mean": float(np.mean(accuracies, axis=0)[-1]),
         "mean_accuracy_mean": float(np.mean(accuracies)),
     }  # fmt: skip
@@ -121,7 +123,13 @@ def test_what_cannot_be_compared_or_drawn_gets_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.read_results(tmp_path)
     error = capsys.readouterr().err
-    assert "--num-stages: 1, 2" in error
+    assert "num_stages: 1, 2" in error
+    path.write_text(
+        path.read_text().replace('"num_stages": 2', '"num_stages": 1').replace('"crelu": false', '"crelu": true')
+    )
+    with pytest.raises(SystemExit):
+        report.read_results(tmp_path)
+    assert "not those of ln" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"script": "synth_cifar_plasticity.py"}', None])

@@ -84,6 +84,13 @@ def test_a_quick_run_writes_all_figures(tmp_path):
         assert 0.7 < figure["memory_gib"] < 1.5  # 0.66 GiB of frames, 0.13 of 7 million floats five times
         hours = 100_000 * (figure["act_ms"] + figure["env_step_ms"]) + 196_002 * figure["update_ms"]
         assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
+    methods = figures["plastic_drq_sac_dmc.py"]
+    assert list(methods) == ["base", "PLASTIC", "PLASTIC, fast rendering"]
+    for figure in methods.values():
+        names = {"sample", "augment", "td_target", "gradients", "optimizers", "ema", "undo", "other"}
+        assert set(figure["parts_ms"]) == names
+        hours = 1_000_000 * (figure["act_ms"] + figure["env_step_ms"]) + 999_001 * figure["update_ms"]
+        assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
     methods = figures["synth_cifar_plasticity.py"]
     cases = ("plain loop", "1 seeds", "3 seeds")
     assert list(methods) == [f"{method}, {case}" for method in ("base", "SAM") for case in cases]
