@@ -372,11 +372,11 @@ class Replicas:
     def sgd(self, group: slice, gradient: Tensor) -> None:
         """SGD with momentum and weight decay, in place; a replica that would become infinite or nan stays as it is."""
         w, m = self.weights[group], self.momentum[group]
-        new_m = self.args.momentum * m + gradient + self.weight_decay[group] * w
-        new_w = w - self.learning_rate[group] * new_m
-        finite = (new_m.isfinite() & new_w.isfinite()).all(1, keepdim=True)
-        m.copy_(torch.where(finite, new_m, m))
-        w.copy_(torch.where(finite, new_w, w))
+        new_m = gradient.add(m, alpha=self.args.momentum).addcmul_(self.weight_decay[group], w)  # mu m + g + lambda w
+        new_w = torch.addcmul(w, self.learning_rate[group], new_m, value=-1)  # w - eta m
+        finite = torch.linalg.vector_norm(new_w, math.inf, dim=1, keepdim=True).isfinite()
+        torch.where(finite, new_m, m, out=m)
+        torch.where(finite, new_w, w, out=w)
         self.skipped[group] += ~finite[:, 0]
 
     def update(self) -> Tensor:

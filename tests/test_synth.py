@@ -394,6 +394,9 @@ def test_a_reset_renews_the_fully_connected_layers_and_their_momentum_only(data_
             bound = w.shape[1] ** -0.5  # PyTorch's initialisation of a linear layer is uniform within
             assert not torch.equal(new[0], new[1])
             assert 0.9 * bound < new.abs().max() <= bound
+    weights = replicas.weights.clone()
+    replicas.reset_heads(4)
+    assert not torch.equal(replicas.weights, weights)  # another draw each time
 
 
 def test_resets_come_every_so_many_stages_and_not_at_the_start(data_dir, monkeypatch):
