@@ -374,7 +374,7 @@ class Replicas:
         w, m = self.weights[group], self.momentum[group]
         new_m = gradient.add(m, alpha=self.args.momentum).addcmul_(self.weight_decay[group], w)  # mu m + g + lambda w
         new_w = torch.addcmul(w, self.learning_rate[group], new_m, value=-1)  # w - eta m
-        finite = torch.linalg.vector_norm(new_w, math.inf, dim=1, keepdim=True).isfinite()
+        finite = new_w.norm(dim=1, keepdim=True).isfinite()
         torch.where(finite, new_m, m, out=m)
         torch.where(finite, new_w, w, out=w)
         self.skipped[group] += ~finite[:, 0]
