@@ -97,7 +97,7 @@ def test_readme_names_only_flags_that_exist():
     names = atari.Args.__dataclass_fields__ | dmc.Args.__dataclass_fields__ | synth.Args.__dataclass_fields__
     fields = {"--" + name.replace("_", "-") for name in names}
     fields |= {flag.replace("--", "--no-", 1) for flag in fields}
-    elsewhere = {"--help", "--logdir", "--json"}  # of tyro, TensorBoard and benchmark/speed.py
+    elsewhere = {"--help", "--logdir", "--json", "--script", "--plot"}  # of tyro, TensorBoard and benchmark/
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert flags - elsewhere <= fields
     interventions = {"--layer-norm", "--crelu", "--sam-rho", "--reset-interval", "--shrink-perturb-alpha"}
