@@ -164,7 +164,7 @@ class DMControl(gym.Env):
         camera = 2 if self.args.env_id.startswith("quadruped-") else 0
         rgb = self.env.physics.render(self.args.image_size, self.args.image_size, camera)
         if not self.args.grayscale:
-            return rgb.transpose(2, 0, 1)
+            return np.ascontiguousarray(rgb.transpose(2, 0, 1))  # the renderer's rows run backwards in memory
         return (rgb @ (0.299, 0.587, 0.114) + 0.5).astype(np.uint8)[None]
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
