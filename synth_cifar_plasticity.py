@@ -515,7 +515,7 @@ def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float |
     """Active units on 512 images that the stage trains on, sharpness on 32 of them: {name: [R]}, None for nan."""
     metrics: dict[str, list[float | None]] = {}
     network = Network(replicas.args).to(replicas.device)
-    for seed, weights in zip(replicas.seed_index.tolist(), replicas.weights.clone(), strict=True):
+    for seed, weights in zip(replicas.seed_index.tolist(), replicas.weights, strict=True):
         vector_to_parameters(weights, network.parameters())
         index = replicas.batches[:, seed].flatten()[:512]
         images = replicas.standardise(replicas.images[index])

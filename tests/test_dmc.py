@@ -5,6 +5,7 @@ import json
 import math
 import signal
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -485,7 +486,7 @@ def test_equal_seeds_give_equal_runs_past_a_reset(tmp_path, method, evaluate_her
     assert results[0]["episode_returns"] == results[1]["episode_returns"]
 
 
-class ScriptedEnv:
+class ScriptedEnv(dmc.gym.Env):
     """Episodes of 10 steps whose frames and rewards follow from step and action: the same in a continued run."""
 
     def __init__(self, args, seed=0):
@@ -563,6 +564,54 @@ def scalars(run_dir):
     events = EventAccumulator(str(run_dir), purge_orphaned_data=False)
     events.Reload()
     return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+
+
+def test_no_reset_on_the_last_step(tmp_path, scripted):
+    for interval, resets in ((56, 0), (55, 1), (28, 1)):  # 56 updates
+        flags = dict(total_timesteps=160, learning_starts=25, reset_interval=interval, exp_name=str(interval))
+        scripted(args := make_args(run_dir=tmp_path, **flags))
+        assert (result_of(args)["gradient_updates"], result_of(args)["resets"]) == (56, resets)
+
+
+class ShortOrLong(ScriptedEnv):
+    """Episode of seed s: rewards s, frames full of 10 * (s % 10) + step, and 2 + 3 * (s % 3) steps."""
+
+    asked: ClassVar[list] = []
+
+    def frame(self):
+        return np.full((1, 16, 16), 10 * (self.seed % 10) + self.step_number, dtype=np.uint8)
+
+    def reset(self, seed=None, options=None):
+        self.seed = seed if seed is not None else self.seed
+        if seed is not None:
+            self.asked.append(seed)
+        return super().reset()
+
+    def step(self, action):
+        self.step_number += 1
+        return self.frame(), float(self.seed), False, self.step_number >= 2 + 3 * (self.seed % 3), {}
+
+
+def test_an_evaluation_by_hand(monkeypatch, evaluate_here):
+    """Three episodes of different length on two environments: seeds, stacks, returns, video."""
+    monkeypatch.setattr(dmc, "DMControl", ShortOrLong)
+    monkeypatch.setattr(dmc.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(ShortOrLong, "asked", [])
+    stacks, video = [], []
+
+    def act_mean(obs):
+        stacks.append(obs[:, :, 0, 0].tolist())
+        return torch.zeros(len(obs), 2)
+
+    agent = SimpleNamespace(generator=torch.Generator(), act_mean=act_mean)
+    returns = dmc.evaluate(agent, make_args(seed=3, eval_episodes=3), video)
+    seeds = [40_000, 40_001, 40_002]
+    assert ShortOrLong.asked[:3] == seeds
+    assert returns == [float(seed * (2 + 3 * (seed % 3))) for seed in seeds]
+    # 40,000 % 3 is 1 and 40,001 % 3 is 2: five steps and eight.
+    assert [pair[1] for pair in stacks[:4]] == [[10, 10, 10], [10, 10, 11], [10, 11, 12], [11, 12, 13]]
+    assert [pair[0] for pair in stacks[:3]] == [[0, 0, 0], [0, 0, 1], [0, 1, 2]]
+    assert [frame[0, 0, 0] for frame in video] == [0, 1, 2, 3, 4]
 
 
 BAD_FLAGS = {

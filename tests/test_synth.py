@@ -105,6 +105,11 @@ BAD_FILES = {
         pickle.dumps({b"labels": Pointers(), b"data": np.zeros((40, 3072), np.uint8)})
     ),
     "an array of objects": lambda path: path.write_bytes(pickle.dumps({b"labels": [1] * 40, b"data": Pointers()})),
+    "images column by column": lambda path: path.write_bytes(
+        pickle.dumps(
+            {b"labels": [1] * 40, b"data": np.asfortranarray(np.arange(40 * 3072).reshape(40, -1) % 256, np.uint8)}
+        )
+    ),
     "no images": lambda path: path.write_bytes(pickle.dumps({b"labels": [], b"data": np.zeros((0, 3072), np.uint8)})),
     "a crafted pickle": lambda path: path.write_bytes(pickle.dumps({b"labels": [1], b"data": Evil()})),
     "a crafted array": lambda path: path.write_bytes(pickle.dumps({b"data": np.array([Evil()], dtype=object)})),
@@ -423,6 +428,67 @@ def test_accuracy_by_hand(data_dir, grouping):
             assert accuracy[replica] == pytest.approx(np.mean(predicted == mapping[y]), abs=0.011)  # a tie or two
 
 
+def test_the_images_measured_are_drawn_from_all_that_the_stage_trains_on(data_dir, monkeypatch):
+    replicas = make_replicas(data_dir)
+    monkeypatch.setattr(synth, "seen_images", lambda *args: np.arange(20_000))
+    asked = []
+    monkeypatch.setattr(replicas, "accuracy", lambda images, labels, index: asked.append(index))
+    replicas.evaluate(0)
+    train, test = asked
+    assert train.shape == (2, 10_000) and all(len(set(row.tolist())) == 10_000 for row in train)
+    assert not torch.equal(train[0], train[1])
+    assert 4_700 < (train >= 10_000).sum(1).float().mean() < 5_300
+    assert torch.equal(test, torch.arange(40).expand(2, 40))
+
+
+def test_metrics_are_those_of_each_replicas_own_network_images_and_labels(data_dir):
+    replicas = make_replicas(data_dir, task="label", learning_rate=(0.1, 0.01), **BASE)
+    for _ in range(5):
+        replicas.update()
+    before = {name: tensor.clone() for name, tensor in replicas.tensors().items()}
+    metrics = synth.plasticity_metrics(replicas, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in replicas.tensors().items())
+    images, labels, *_ = synth.load_cifar10(replicas.args)
+    for replica, seed in enumerate((1, 2, 1, 2)):
+        network = synth.Network(replicas.args)
+        torch.nn.utils.vector_to_parameters(replicas.weights[replica].clone(), network.parameters())
+        index = synth.stage_batches(seed, 0, len(images), replicas.args).flatten()  # 48, fewer than 512
+        x = replicas.standardise(torch.from_numpy(images[index]))
+        hidden = [F.relu(network.head[0](network.backbone(x)))]
+        hidden.append(F.relu(network.head[2](hidden[0])))
+        active = sum((h > 0).sum().item() for h in hidden) / sum(h.numel() for h in hidden)
+        assert metrics["active_units/head"][replica] == pytest.approx(active)
+        y = torch.from_numpy(synth.stage_labels(seed, 0, replicas.args)[labels[index[:32]]])
+        # Power iteration on the Hessian, shifted so that its largest eigenvalue is the largest in size.
+        parameters = list(network.parameters())
+        loss = F.cross_entropy(network(x[:32]), y)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+        vector, shift = torch.randn(len(gradient), generator=torch.Generator().manual_seed(9)), 1.0
+        for _ in range(400):
+            vector = vector / vector.norm()
+            product = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+            product = torch.cat([g.flatten() for g in product])
+            eigenvalue = (vector @ product).item()
+            vector = product + shift * vector
+        assert metrics["hessian_max_eigenvalue"][replica] == pytest.approx(eigenvalue, rel=0.02, abs=0.02)
+
+
+def test_a_metric_that_is_not_finite_is_none(data_dir):
+    replicas = make_replicas(data_dir)
+    replicas.weights[1] *= 1e18
+    metrics = synth.plasticity_metrics(replicas, 0)["hessian_max_eigenvalue"]
+    assert metrics[0] is not None and metrics[1] is None
+
+
+def test_updates_past_the_stage_begin_it_again(data_dir):
+    """As the graph's warm-up runs them, where a stage has few."""
+    replicas = make_replicas(data_dir, updates_per_stage=2)
+    first, _, again = (replicas.next_batch(slice(1)) for replicas.position[0] in range(3))
+    assert torch.equal(first[0], again[0])
+    replicas.position.fill_(5)
+    assert replicas.update().isfinite().all()
+
+
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +608,16 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(data_dir, stopping, 
     assert logged[0] == logged[1]
 
 
+def test_a_signal_during_an_evaluation_ends_it_at_once_and_loses_nothing(data_dir, monkeypatch):
+    stop, args = synth.Stop(), make_args(data_dir)
+    monkeypatch.setattr(synth.Replicas, "evaluate", lambda self, stage: stop.request(signal.SIGTERM))
+    with pytest.raises(SystemExit) as exit_info:
+        synth.run(args, stop)
+    assert exit_info.value.code == 143
+    checkpoint = torch.load(args.run_dir / "input__x__1-2" / "checkpoint.pth", weights_only=True)
+    assert checkpoint["counters"]["updates"] == 6
+
+
 def test_which_runs_are_refused_continued_or_left_alone(data_dir, stopping, capsys):
     args = make_args(data_dir)
     with pytest.raises(SystemExit):
@@ -572,6 +648,7 @@ def test_which_runs_are_refused_continued_or_left_alone(data_dir, stopping, caps
         {"counters": {"updates": "1"}},
         {"counters": {**checkpoint["counters"], "updates": 20}},
         {"counters": {**checkpoint["counters"], "test_accuracy": [[0.5]]}},
+        {"counters": {**checkpoint["counters"], "test_accuracy": [0.5, 0.5]}},
         {"counters": {**checkpoint["counters"], "train_accuracy": [[0.5, 1.5]]}},
         {"counters": {**checkpoint["counters"], "seconds": float("nan")}},
     ):
