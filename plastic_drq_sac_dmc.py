@@ -18,6 +18,7 @@ Where it departs from the paper's text (README.md compares the paper, the author
 - Algorithm 2 bootstraps from an action drawn at s and squares the policy's loss: misprints, not followed.
 - Critic, target network, actor and temperature are updated one after the other, as released; Algorithm 2 perturbs all
   first and computes the target again with the perturbed actor.
+- A step's update comes before its transition, which is in the buffer one update later: a GPU updates meanwhile.
 - LayerNorm in the encoder's convolutions, CReLU in the MLPs.                      --layer-norm-scope, --crelu-scope
 """
 
@@ -63,6 +64,7 @@ NO_RENDERER = (
 )
 try:
     from dm_control import suite
+    from dm_control.rl.control import PhysicsError
 except (ImportError, AttributeError) as error:  # from PyOpenGL, where the library is missing
     sys.exit(f"error: {NO_RENDERER} ({error})")
 
@@ -125,6 +127,7 @@ class Args:
     log_interval: int = 1_000  # agent steps between logged losses
     capture_video: bool = False  # save the first episode of the last evaluation as a GIF
     save_model: bool = False  # save encoder and actor at the end
+    evaluate: Path | None = None  # a saved model: play its task with its seed, train nothing
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "plastic"  # project at Weights & Biases
     wandb_entity: str | None = None  # team at Weights & Biases
@@ -604,7 +607,7 @@ class Agent:
     def undo(self, skipped: Tensor) -> None:
         """Where skipped, put everything back to what it was before this update."""
         for tensor, before in zip(self.changing, self.before, strict=True):
-            tensor.copy_(torch.where(skipped, before, tensor))
+            torch.where(skipped, before, tensor, out=tensor)
 
     def count(self, skipped: Tensor) -> None:
         """Count one update."""
@@ -682,7 +685,9 @@ def evaluate(agent: Agent, args: Args, video: list[np.ndarray] | None = None) ->
     seeds = [10_000 * (args.seed + 1) + i for i in range(args.eval_episodes)]
     num_workers = min(args.eval_episodes, os.cpu_count() or 1)
     returns: list[float] = []
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it: Ctrl-C is for us
     envs = gym.vector.AsyncVectorEnv([partial(DMControl, args)] * num_workers, context="spawn")
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         with tqdm(total=len(seeds), desc="evaluation", unit="episode", disable=None, leave=False) as progress:
             while len(returns) < len(seeds):
@@ -785,8 +790,8 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, step: int) -> dict[st
 
 # Flags that may differ when a run is continued; --total-timesteps may grow.
 MAY_CHANGE = set(
-    "run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite eval_interval metrics_interval "
-    "log_interval capture_video save_model track wandb_project_name wandb_entity".split()
+    "run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite evaluate eval_interval "
+    "metrics_interval log_interval capture_video save_model track wandb_project_name wandb_entity".split()
 )
 
 
@@ -958,7 +963,7 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
 MANY = 10**9  # upper end of what has no other
 RANGES = {  # of the flags, both ends included
     "seed": (0, 200_000), "total_timesteps": (1, MANY), "action_repeat": (0, 1000), "frame_stack": (1, 64),
-    "image_size": (16, 1024), "updates_per_step": (1, MANY), "batch_size": (1, 65_536), "learning_starts": (1, MANY),
+    "image_size": (16, 1024), "updates_per_step": (1, MANY), "batch_size": (1, 65_536), "learning_starts": (2, MANY),
     "learning_rate": (1e-12, MANY), "gamma": (0, 1), "target_ema": (0, 1), "initial_temperature": (1e-12, MANY),
     "latent_dim": (1, 1_000_000), "hidden_dim": (1, 1_000_000), "buffer_size": (1, MANY), "aug_shift": (0, 15),
     "sam_rho": (0, MANY), "reset_interval": (0, MANY), "eval_episodes": (1, 10_000), "eval_interval": (0, MANY),
@@ -1059,10 +1064,21 @@ def place_replay(action_dim: int, args: Args) -> torch.device:
     fail(f"needs {sizes}; lower --buffer-size, --image-size or --batch-size", 1)
 
 
-def save_gif(frames: list[np.ndarray], milliseconds: int, file: BinaryIO) -> None:
-    """Frames, uint8 [1 or 3, H, W], at a pace of so many milliseconds each."""
+def save_gif(frames: list[np.ndarray], env: DMControl, file: BinaryIO) -> None:
+    """Frames, uint8 [1 or 3, H, W], at the task's own pace."""
+    milliseconds = round(1000 * env.env.control_timestep() * env.args.action_repeat)
     first, *others = [Image.fromarray(frame.transpose(1, 2, 0).squeeze()) for frame in frames]
     first.save(file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+
+
+def make_env(args: Args) -> DMControl:
+    """The task, once it has rendered a frame; ends with one line if it cannot."""
+    env = DMControl(args, args.seed)
+    try:
+        env.reset()
+    except Exception as error:  # of MuJoCo, PyOpenGL, the driver
+        fail(f"{NO_RENDERER} ({error})", 1)
+    return env
 
 
 def run(args: Args, stop: Stop) -> None:
@@ -1070,11 +1086,7 @@ def run(args: Args, stop: Stop) -> None:
     run_dir = args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     flags = json.loads(json.dumps(asdict(args), default=str))  # as result.json gives them back
-    env = DMControl(args, args.seed)
-    try:
-        env.reset()
-    except Exception as error:  # of MuJoCo, PyOpenGL, the driver
-        fail(f"{NO_RENDERER} ({' '.join(str(error).split())})", 1)
+    env = make_env(args)
     action_dim = env.action_space.shape[0]
     begins = args.overwrite or not result_path.exists()
     replay_device = place_replay(action_dim, args) if begins else torch.device("cpu")
@@ -1191,6 +1203,18 @@ def train(
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
             action = act()[0].cpu().numpy()  # waits for the device
+        if step >= args.learning_starts:
+            if to_capture:
+                update, act = capture_all(agent, next_batch, replay)
+                to_capture = False
+            for _ in range(args.updates_per_step):
+                statistics = update()
+                counters.updates += 1
+                if due(args.reset_interval, counters.updates) and step < num_steps:
+                    agent.reset()
+                    counters.resets += 1
+
+        # Only now, so that the simulation runs while a GPU updates: this step's transition waits for the next update.
         frame, reward, terminated, truncated, _ = env.step(action)
         if not math.isfinite(reward):  # must not reach the replay buffer
             counters.nonfinite_rewards += 1
@@ -1207,15 +1231,6 @@ def train(
             replay.start(frame)
 
         if step >= args.learning_starts:
-            if to_capture:
-                update, act = capture_all(agent, next_batch, replay)
-                to_capture = False
-            for _ in range(args.updates_per_step):
-                statistics = update()
-                counters.updates += 1
-                if due(args.reset_interval, counters.updates) and step < num_steps:
-                    agent.reset()
-                    counters.resets += 1
             if step % args.log_interval == 0 or step == num_steps:
                 _, skipped, _, longest_row = agent.counts.tolist()
                 if longest_row >= MAX_SKIPPED_IN_A_ROW:
@@ -1276,8 +1291,7 @@ def train(
     # fmt: on
     try:
         if args.capture_video:
-            milliseconds = round(1000 * env.env.control_timestep() * args.action_repeat)
-            write_atomically(run_dir / "video.gif", lambda file: save_gif(video, milliseconds, file))
+            write_atomically(run_dir / "video.gif", lambda file: save_gif(video, env, file))
         if args.save_model:
             networks = {"backbone": agent.online.backbone.state_dict(), "actor": agent.actor.state_dict()}
             model = {"args": flags, "action_dim": action_dim, **networks}
@@ -1292,7 +1306,7 @@ def train(
         print(f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped")
     if counters.nonfinite_rewards > 0:
         print(f"{counters.nonfinite_rewards:,} rewards were not finite numbers and were taken as 0")
-    print(f"{args.env_id}: mean return {mean_return:.1f} over {len(returns)} episodes; {result_path}")
+    print(summary(args.env_id, returns) + f"; {result_path}")
 
 
 def capture_all(agent: Agent, next_batch: Callable[[], Batch], replay: ReplayBuffer) -> tuple[Callable, Callable]:
@@ -1324,6 +1338,36 @@ def evaluation_due(step: int, num_steps: int, args: Args) -> bool:
     return step == num_steps or due(args.eval_interval, step)
 
 
+def evaluate_saved(args: Args) -> None:
+    """Play the model at --evaluate: its task, networks and seed; --eval-episodes and --device are ours."""
+    gif = Path(f"{args.evaluate}.gif")
+    if args.capture_video and gif.exists() and not args.overwrite:
+        fail(f"{gif} exists; pass --overwrite to replace it", 1)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+            model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        ours = {name: getattr(args, name) for name in ("device", "eval_episodes", "torch_threads")}
+        saved = resolve(replace(Args(**model["args"]), **ours, track=False))
+        agent = Agent(model["action_dim"], saved, torch.Generator(saved.device))
+        agent.online.backbone.load_state_dict(model["backbone"])
+        agent.actor.load_state_dict(model["actor"])
+        if not all(tensor.isfinite().all() for tensor in agent.learned().values()):
+            raise ValueError("weights that are not finite")
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        fail(f"--evaluate {str(args.evaluate)!r}: {error.strerror}", 1)
+    except Exception:  # such a file can raise anything
+        fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
+    env, video = make_env(saved), [] if args.capture_video else None
+    print(summary(saved.env_id, evaluate(agent, saved, video)))
+    if args.capture_video:
+        write_atomically(gif, lambda file: save_gif(video, env, file))
+
+
+def summary(env_id: str, returns: list[float]) -> str:
+    """One line for people."""
+    return f"{env_id}: mean return {np.mean(returns):.1f} over {len(returns)} episodes"
+
+
 if __name__ == "__main__":
     nowhere = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # they may be closed
@@ -1337,7 +1381,12 @@ if __name__ == "__main__":
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch has it in convolutions
     try:
-        run(args, stop)
+        if args.evaluate is None:
+            run(args, stop)
+        else:
+            evaluate_saved(args)
+    except PhysicsError as error:
+        fail(f"the simulation diverged ({error}){stop.hint}", 1)
     except FloatingPointError as error:
         fail(f"{error}", 1)
     except (MemoryError, RuntimeError) as error:

@@ -66,7 +66,7 @@ def test_header_names_what_the_script_imports(script):
 
 OWN = set(  # of the same name and purpose in several scripts, but about each one's own data
     "Args Counters resolve run train save_checkpoint load_checkpoint memory_needed plasticity_metrics "
-    "Agent Batch ReplayBuffer td_error evaluate evaluation_due save_gif".split()
+    "Agent Batch ReplayBuffer td_error evaluate evaluation_due save_gif evaluate_saved summary".split()
 )
 
 
