@@ -65,7 +65,7 @@ NO_RENDERER = (
 try:
     from dm_control import suite
     from dm_control.rl.control import PhysicsError
-except (ImportError, AttributeError) as error:  # from PyOpenGL, where the library is missing
+except (ImportError, AttributeError, RuntimeError) as error:  # from PyOpenGL, where the library is missing
     sys.exit(f"error: {NO_RENDERER} ({error})")
 
 TASKS = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS}
@@ -1077,6 +1077,7 @@ def make_env(args: Args) -> DMControl:
     try:
         env.reset()
     except Exception as error:  # of MuJoCo, PyOpenGL, the driver
+        sys.unraisablehook = lambda hook: None  # their half-made objects would complain on the way out
         fail(f"{NO_RENDERER} ({error})", 1)
     return env
 
@@ -1376,6 +1377,7 @@ if __name__ == "__main__":
         signal.signal(signum, stop.request)
     # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
     threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    gym.logger.min_level = 50  # what goes wrong in an evaluation's process is raised here
     args = resolve(tyro.cli(Args))
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
@@ -1385,6 +1387,8 @@ if __name__ == "__main__":
             run(args, stop)
         else:
             evaluate_saved(args)
+    except (EOFError, ConnectionError):
+        fail(f"a process of the evaluation died, of want of memory perhaps{stop.hint}", 1)
     except PhysicsError as error:
         fail(f"the simulation diverged ({error}){stop.hint}", 1)
     except FloatingPointError as error:

@@ -73,6 +73,7 @@ class Subject:
     patches: list = field(default_factory=list)  # in force while it is measured
     act: Callable[[], int] | None = None  # the choice of one action, host sync included
     env_step: Callable[[], object] | None = None  # one interaction, stored
+    render: Callable[[], object] | None = None  # one frame, where that is not the emulator's own work
     env_steps: int = 0  # of a full run
     seeds: int = 1  # trained side by side
 
@@ -209,6 +210,7 @@ def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
             eager_update=eager_update,
             act=lambda: act().cpu(),
             env_step=env_step,
+            render=env.render,
             parameters=sum(w.numel() for group in agent.parameters.values() for w in group),
             env_steps=steps,
             updates=(steps - args.learning_starts + 1) * args.updates_per_step,
@@ -420,6 +422,8 @@ def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | di
     if subject.env_step is not None:
         result["act_ms"] = median_ms(subject.act, repeats, device)
         result["env_step_ms"] = median_ms(subject.env_step, 10 * repeats, device)
+    if subject.render is not None:
+        result["render_ms"] = median_ms(subject.render, 5 * repeats, device)
     return result
 
 

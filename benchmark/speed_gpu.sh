@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All speed figures of one GPU: the update by part, full runs of PLASTIC† and PLASTIC on Alien with their scores, and the
-# throughput of 1, 3, 8 and 16 runs side by side, without and with CUDA MPS (where nvidia-cuda-mps-control is installed).
+# All speed figures of one GPU: the update by part, full runs of PLASTIC† and PLASTIC on Alien with their scores, a
+# twentieth of a run on walker-run, and the throughput of 1, 3, 8 and 16 runs of Alien side by side, without and with CUDA
+# MPS (where nvidia-cuda-mps-control is installed).
 #
 #   bash benchmark/speed_gpu.sh [DIRECTORY]     # relative to the repository; default: benchmark/results/speed
 #
@@ -18,6 +19,12 @@ train=(python plastic_drq_rainbow_atari.py --device cuda --env-id Alien --run-di
 "${train[@]}" --exp-name plastic
 for method in dagger plastic; do
   cp "$out/runs/Alien__${method}__1/result.json" "$out/${gpu}_full_run_$method.json"
+done
+
+for quality in full fast; do
+  python plastic_drq_sac_dmc.py --device cuda --env-id walker-run --run-dir "$out/runs" --overwrite \
+    --exp-name "$quality" --render-quality "$quality" --total-timesteps 100000
+  cp "$out/runs/walker-run__${quality}__1/result.json" "$out/${gpu}_walker-run_$quality.json"
 done
 
 parallel_runs() { # label, number of runs
