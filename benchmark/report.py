@@ -5,6 +5,11 @@
 prints the synthetic experiment's accuracies as Markdown, a row per method, and draws figure3.png: what each method
 adds to base, on both tasks. The accuracy is the mean over the last stages (--last), of the setting that result.json
 names the best. Intervals are 95% bootstrap intervals over seeds; a gain is taken seed by seed.
+
+    python benchmark/report.py benchmark/results/dmc --plot benchmark/results/dmc
+
+prints the returns of DeepMind Control's runs, beside those of the random policy (the runs' own training episodes before
+learning starts), and draws curves.png: the evaluations of each run, from its TensorBoard events.
 """
 
 import json
@@ -22,6 +27,7 @@ from synth_cifar_plasticity import bootstrap_interval, fail, write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TASKS = {"input": "#0072b2", "label": "#d55e00"}  # with colours of the Okabe-Ito palette, told apart by everyone
 METHODS = {  # panels of Figure 3, and the names of their bars by exp-name
@@ -41,7 +47,7 @@ class Args:
     """Tables and figures from result.json files."""
 
     runs: Annotated[Path, tyro.conf.Positional]  # directory with the runs' directories
-    plot: Path | None = None  # draw figure3.png in this directory
+    plot: Path | None = None  # draw figure3.png or curves.png in this directory
     last: int = 5  # stages at the end over which the accuracy is averaged
 
 
@@ -160,6 +166,78 @@ def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) ->
     axes[0, 0].set_ylabel("test accuracy above base\n(percentage points)")
     handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
     axes[0, -1].legend(handles.values(), [f"{task} task" for task in handles])
+    save(figure, path)
+
+
+def read_control_runs(runs: Path) -> list[dict]:
+    """Results of DeepMind Control's runs, with the curves of evaluation and training from their TensorBoard events."""
+    results = []
+    for path in sorted(runs.glob("*/result.json")):
+        try:
+            result = json.loads(path.read_text())
+            if result["script"] != "plastic_drq_sac_dmc.py":
+                continue
+            events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0})
+            events.Reload()
+            curves = {}
+            for name, tag in (("evaluation", "eval/mean_return"), ("training", "charts/episodic_return")):
+                scalars = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+                curves[name] = sorted((event.step * result["args"]["action_repeat"], event.value) for event in scalars)
+            start = result["args"]["learning_starts"] * result["args"]["action_repeat"]
+            result |= curves | {"random": [value for step, value in curves["training"] if step <= start]}
+            result |= {"mean_return": float(result["mean_return"]), "env_steps": int(result["env_steps"])}
+            result |= {name: str(result[name]) for name in ("env_id", "exp_name")}
+            result["hours"] = float(result["wall_clock_seconds"]) / 3600
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            fail(f"{path}: not a result of plastic_drq_sac_dmc.py ({error!r})", 1)
+        results.append(result)
+    return results
+
+
+def grouped(results: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
+    """Runs of the same task, name and length."""
+    groups: dict[tuple[str, str, int], list[dict]] = {}
+    for result in results:
+        groups.setdefault((result["env_id"], result["exp_name"], result["env_steps"]), []).append(result)
+    return groups
+
+
+def print_returns(results: list[dict]) -> None:
+    """Markdown, a row per task, name and length."""
+    print("| task | run | environment steps | random policy | mean return | seeds | hours a run |")
+    print("|---|---|---|---|---|---|---|")
+    for (env_id, exp_name, env_steps), runs in grouped(results).items():
+        returns = with_interval(np.array([run["mean_return"] for run in runs]), digits=0)
+        random = [value for run in runs for value in run["random"]]
+        random_return = f"{np.mean(random):.0f} ({len(random)} episodes)" if random else ""
+        hours = np.mean([run["hours"] for run in runs])
+        print(f"| {env_id} | {exp_name} | {env_steps:,} | {random_return} | {returns} | {len(runs)} | {hours:.1f} |")
+
+
+def plot_curves(results: list[dict], path: Path) -> None:
+    """A panel per task: mean return of each evaluation over environment steps, a line per run, a colour per name."""
+    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # Okabe and Ito's
+    tasks, names = (list(dict.fromkeys(result[key] for result in results)) for key in ("env_id", "exp_name"))
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(1.5 + 4 * len(tasks), 3.4), squeeze=False, layout="constrained"
+    )  # fmt: skip
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for result in (result for result in results if result["env_id"] == task):
+            colour = colours[names.index(result["exp_name"]) % len(colours)]
+            steps, returns = zip(*result["evaluation"], strict=True)
+            axis.plot(np.array(steps) / 1000, returns, "o-", ms=3, color=colour, label=result["exp_name"])
+        random = [value for result in results if result["env_id"] == task for value in result["random"]]
+        if random:
+            axis.axhline(np.mean(random), color="gray", linestyle="--", label="random policy")
+        axis.set(title=task, xlabel="thousand environment steps", ylabel="mean return", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        handles = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        axis.legend(handles.values(), handles.keys())
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """As PNG, in one step."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
@@ -172,8 +250,13 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.last < 1:
         fail(f"--last must be at least 1, not {args.last}", 2)
-    results = read_results(args.runs)
-    last = min(args.last, *(result["test_accuracy"].shape[1] for result in results.values()))
-    print_table(results, last)
-    if args.plot is not None:
-        plot_figure3(results, last, args.plot / "figure3.png")
+    if control_runs := read_control_runs(args.runs):
+        print_returns(control_runs)
+        if args.plot is not None:
+            plot_curves(control_runs, args.plot / "curves.png")
+    else:
+        results = read_results(args.runs)
+        last = min(args.last, *(result["test_accuracy"].shape[1] for result in results.values()))
+        print_table(results, last)
+        if args.plot is not None:
+            plot_figure3(results, last, args.plot / "figure3.png")

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import plastic_drq_sac_dmc as dmc
+
 SCRIPT = Path(__file__).parent.parent / "plastic_drq_sac_dmc.py"
 # Episodes of 125 agent steps.
 SMALL = (
@@ -288,3 +290,44 @@ def test_a_renderer_that_does_not_work(tmp_path, renderer):
     assert (code, output) == (1, "")
     assert line.startswith(f"error: MuJoCo cannot render with MUJOCO_GL={renderer}: install libegl1")
     assert not (tmp_path / "runs").exists()
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys
+import numpy as np, torch
+import plastic_drq_sac_dmc as dmc
+args = dmc.resolve(dmc.Args(device="cpu", buffer_size=10_000, **eval(sys.argv[1])))
+env, rest = dmc.make_env(args), (12, args)
+torch.randn(64, 64) @ torch.randn(64, 64)
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+agent = dmc.Agent(*rest, torch.Generator().manual_seed(0))
+frame = np.zeros(env.observation_space.shape, np.uint8)
+replay = dmc.ReplayBuffer(args.buffer_size, 500, frame.shape, 12, args.frame_stack, torch.device("cpu"))
+for tensor in replay.tensors().values():
+    tensor.fill_(0)
+replay.start(frame)
+for _ in range(100):
+    replay.add(np.zeros(12, np.float32), 0.0, False, frame)
+for _ in range(2):
+    agent.update(replay.sample(args.batch_size, torch.Generator()))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((peak - before) / sum(dmc.memory_needed(*rest)))
+"""
+
+
+@pytest.mark.parametrize("flags", [{}, dict(crelu=False, sam_rho=0.0, grayscale=False, image_size=84, batch_size=128)])
+def test_the_memory_needed_is_about_what_a_run_takes(flags):
+    """Peak resident memory of a process that builds all and updates, less that of PyTorch and MuJoCo."""
+    command = [sys.executable, "-c", MEASURE, repr(flags)]
+    finished = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert 0.7 < float(finished.stdout) < 1.35
+
+
+def test_the_replay_buffers_memory_is_counted():
+    args = dmc.resolve(dmc.Args(device="cpu", buffer_size=10_000, env_id="walker-run"))
+    replay = dmc.ReplayBuffer(10_000, 500, (1, 64, 64), 6, 3, torch.device("cpu"))
+    held = sum(tensor.numel() * tensor.element_size() for tensor in replay.tensors().values())
+    assert dmc.memory_needed(6, args)[0] == pytest.approx(held, rel=0.01)

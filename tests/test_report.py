@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import report
 import tyro
+from torch.utils.tensorboard import SummaryWriter
 
 import synth_cifar_plasticity as synth
 
@@ -141,3 +142,55 @@ def test_what_is_no_result_gets_one_line(tmp_path, capsys, content):
         report.read_results(tmp_path)
     assert exit_info.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- DeepMind Control -------------------------------------------------------------------------------------------------
+
+
+def control_run(runs, env_id, exp_name, seed, mean_return, evaluations, episodes):
+    """A run's directory: `evaluations` and `episodes` [(agent step, return)], each of two environment steps."""
+    directory = runs / f"{env_id}__{exp_name}__{seed}"
+    with SummaryWriter(str(directory)) as writer:
+        for tag, values in (("eval/mean_return", evaluations), ("charts/episodic_return", episodes)):
+            for step, value in values:
+                writer.add_scalar(tag, value, step)
+    result = {"script": "plastic_drq_sac_dmc.py", "env_id": env_id, "exp_name": exp_name, "seed": seed,
+              "args": {"action_repeat": 2, "learning_starts": 100}, "mean_return": mean_return, "env_steps": 2000,
+              "wall_clock_seconds": 1800.0}  # fmt: skip
+    (directory / "result.json").write_text(json.dumps(result))
+    return directory / "result.json"
+
+
+def test_returns_and_curves_of_control_runs(tmp_path, capsys, monkeypatch):
+    control_run(
+        tmp_path, "walker-run", "base", 1, 300.0, [(500, 90.0), (1000, 300.0)], [(50, 20.0), (100, 40.0), (150, 77.0)]
+    )
+    control_run(tmp_path, "walker-run", "base", 2, 400.0, [(500, 95.0), (1000, 400.0)], [(50, 30.0), (150, 99.0)])
+    control_run(tmp_path, "reacher-easy", "plastic", 1, 800.0, [(1000, 800.0)], [(150, 99.0)])
+    results = report.read_control_runs(tmp_path)
+    report.print_returns(results)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [
+        "| reacher-easy | plastic | 2,000 |  | 800 | 1 | 0.5 |",
+        "| walker-run | base | 2,000 | 30 (3 episodes) | 350 [300, 400] | 2 | 0.5 |",
+    ]
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    report.plot_curves(results, tmp_path / "curves.png")
+    reacher, walker = figures[0].axes
+    assert [axis.get_title() for axis in (reacher, walker)] == ["reacher-easy", "walker-run"]
+    lines = [line.get_xydata().tolist() for line in walker.get_lines()]
+    assert lines[:2] == [[[1.0, 90.0], [2.0, 300.0]], [[1.0, 95.0], [2.0, 400.0]]]
+    assert {y for _, y in lines[2]} == {30.0}
+    assert [text.get_text() for text in walker.get_legend().get_texts()] == ["base", "random policy"]
+    assert len(reacher.get_lines()) == 1
+
+
+def test_a_control_run_that_cannot_be_read(tmp_path, capsys):
+    path = control_run(tmp_path, "walker-run", "base", 1, 300.0, [(500, 90.0)], [])
+    for content in ('{"script": "plastic_drq_sac_dmc.py"}', '{"script": "plastic_drq_sac_dmc.py", "args": 3}'):
+        path.write_text(content)
+        with pytest.raises(SystemExit) as exit_info:
+            report.read_control_runs(tmp_path)
+        assert exit_info.value.code == 1
+        assert "not a result of plastic_drq_sac_dmc.py" in capsys.readouterr().err
