@@ -405,7 +405,7 @@ class ReplayBuffer:
 
 
 def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generator) -> Tensor:
-    """DrQ's augmentation, one draw per stack (Table 5): uint8 [B, 4, H, W] -> images, float32 [B, 4, H, W].
+    """DrQ's augmentation, one draw per stack: uint8 [B, C, H, W] -> images, float32 [B, C, H, W].
 
     A random shift of up to `shift` pixels with edge padding, then a factor 1 + intensity * clip(N(0, 1), -2, 2).
     """
@@ -424,7 +424,7 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generato
 
 
 def to_images(obs: Tensor) -> Tensor:
-    """uint8 [B, 4, H, W] -> float32 in [0, 1], channels last in memory (the layout that convolutions like best)."""
+    """uint8 [B, C, H, W] -> float32 in [0, 1], channels last in memory (the layout that convolutions like best)."""
     return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
@@ -433,7 +433,7 @@ def to_images(obs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sam_perturb(parameters: list[nn.Parameter], backup: list[Tensor], rho: float) -> None:
-    """SAM's ascent: w <- w + rho * g / ||g||, the norm over all of `parameters` (Algorithm 1, line 13; appendix B.1).
+    """SAM's ascent: w <- w + rho * g / ||g||, the norm over all of `parameters` (appendix B.1; Algorithms 1 and 2).
 
     `backup`, tensors of the same shapes, keeps the unperturbed w for sam_restore. A parameter without gradient stays.
     """
@@ -509,7 +509,7 @@ def td_error(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def move_target(target: nn.Module, online: nn.Module, rate: Tensor) -> None:
-    """Moving average w- <- (1 - rate) * w- + rate * w, in place; rate = 1 - tau, a scalar (Algorithm 1, line 18)."""
+    """Moving average w- <- (1 - rate) * w- + rate * w, in place; rate = 1 - tau, a scalar (Algorithms 1 and 2)."""
     for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
         w_target.lerp_(w, rate)
 

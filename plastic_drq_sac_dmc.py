@@ -65,10 +65,12 @@ NO_RENDERER = (
 try:
     from dm_control import suite
     from dm_control.rl.control import PhysicsError
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: pip install dm-control (for Python 3.11 or 3.12)")
 except (ImportError, AttributeError, RuntimeError) as error:  # from PyOpenGL, where the library is missing
     sys.exit(f"error: {NO_RENDERER} ({error})")
 
-TASKS = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS}
+TASKS = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS if domain != "lqr"}  # whose episodes never end
 MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
 CHECKPOINT_VERSION = 1  # to be raised when what a checkpoint holds changes
 
@@ -91,7 +93,7 @@ class Args:
     overwrite: bool = False  # replace a run of the same name, finished or not
 
     # Environment (Table 6)
-    total_timesteps: int = 2_000_000  # environment steps, before action repeat: all other counts are of agent steps
+    total_timesteps: int = 2_000_000  # environment steps, before action repeat; all other steps are agent steps
     action_repeat: int = 0  # environment steps per agent step (0 = the task's: 4 or 2)
     frame_stack: int = 3  # frames per observation
     image_size: int = 64  # height and width of a frame
@@ -101,7 +103,7 @@ class Args:
     # Training (Table 6)
     updates_per_step: int = 1  # gradient updates per agent step
     batch_size: int = 512  # transitions per update
-    learning_starts: int = 1_000  # agent steps with random actions, before the first update
+    learning_starts: int = 1_000  # agent steps with random actions; the last one has the first update
     learning_rate: float = 3e-4  # of Adam, for all (released: 1e-4)
     gamma: float = 0.99  # discount factor
     target_ema: float = 0.995  # weight of the old target network in its moving average
@@ -145,17 +147,17 @@ class DMControl(gym.Env):
     `truncated`, the usual one, is that its time is over: the return goes on, only the episode does not.
     """
 
-    def __init__(self, args: Args, seed: int = 0) -> None:
+    def __init__(self, args: Args) -> None:
         self.args = args
-        self.load(seed)
+        self.load(seed=None)
         spec = self.env.action_spec()
-        self.low, self.high = np.maximum(spec.minimum, -1e6), np.minimum(spec.maximum, 1e6)  # lqr's have no bounds
+        self.low, self.high = spec.minimum, spec.maximum  # of some, quadruped's among them, others than -1 and 1
         self.action_space = gym.spaces.Box(-1, 1, spec.shape, np.float32)
         channels = 1 if args.grayscale else 3
         self.observation_space = gym.spaces.Box(0, 255, (channels, args.image_size, args.image_size), np.uint8)
 
-    def load(self, seed: int) -> None:
-        """The suite seeds a task when it is made."""
+    def load(self, seed: int | None) -> None:
+        """Make the task: the suite seeds it only then."""
         domain, task = self.args.env_id.split("-", 1)
         self.env = suite.load(domain, task, task_kwargs={"random": seed})
         if self.args.render_quality == "fast":
@@ -262,8 +264,8 @@ def make_latent(args: Args) -> nn.Sequential:
     return nn.Sequential(linear, nn.LayerNorm(args.latent_dim, eps=1e-6), nn.Tanh())
 
 
-def make_hidden(in_features: int, args: Args) -> tuple[nn.Sequential, int]:
-    """Two hidden layers of an MLP, and the number of their outputs."""
+def make_hidden(in_features: int, args: Args) -> nn.Sequential:
+    """Two hidden layers of an MLP: [B, in_features] -> [B, hidden_features(args)]."""
     layers: list[nn.Module] = []
     for _ in range(2):
         layers.append(dense(in_features, args.hidden_dim))
@@ -271,8 +273,13 @@ def make_hidden(in_features: int, args: Args) -> tuple[nn.Sequential, int]:
             layers.append(nn.LayerNorm(args.hidden_dim, eps=1e-6))
         layers.append(CReLU() if args.crelu else nn.ReLU())
         # CReLU doubles what the layer gives out, so the next layer's fan-in doubles; the width stays.
-        in_features = args.hidden_dim * (2 if args.crelu else 1)
-    return nn.Sequential(*layers), in_features
+        in_features = hidden_features(args)
+    return nn.Sequential(*layers)
+
+
+def hidden_features(args: Args) -> int:
+    """Length of a hidden layer's output."""
+    return args.hidden_dim * (2 if args.crelu else 1)
 
 
 class CriticHead(nn.Module):
@@ -283,8 +290,8 @@ class CriticHead(nn.Module):
         self.latent = make_latent(args)
         q_functions = []
         for _ in range(2):
-            hidden, features = make_hidden(args.latent_dim + action_dim, args)
-            q_functions.append(nn.Sequential(hidden, dense(features, 1)))
+            hidden = make_hidden(args.latent_dim + action_dim, args)
+            q_functions.append(nn.Sequential(hidden, dense(hidden_features(args), 1)))
         self.q_functions = nn.ModuleList(q_functions)
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
@@ -294,7 +301,7 @@ class CriticHead(nn.Module):
 
 
 class Critic(nn.Module):
-    """Encoder and Q-functions (appendix A.4)."""
+    """Encoder, `backbone`, and Q-functions, `head` (appendix A.4)."""
 
     def __init__(self, action_dim: int, args: Args) -> None:
         super().__init__()
@@ -312,8 +319,9 @@ class Actor(nn.Module):
     def __init__(self, action_dim: int, args: Args) -> None:
         super().__init__()
         self.latent = make_latent(args)
-        self.hidden, features = make_hidden(args.latent_dim, args)
-        self.mean, self.log_std = dense(features, action_dim), dense(features, action_dim, gain=1.0)
+        self.hidden = make_hidden(args.latent_dim, args)
+        self.mean = dense(hidden_features(args), action_dim)
+        self.log_std = dense(hidden_features(args), action_dim, gain=1.0)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """[B, F] -> mean and log-std before the tanh, [B, A] each; the log-std lies between -10 and 2."""
@@ -412,7 +420,7 @@ class ReplayBuffer:
 
 
 def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generator) -> Tensor:
-    """DrQ's augmentation, one draw per stack (Table 5): uint8 [B, 4, H, W] -> images, float32 [B, 4, H, W].
+    """DrQ's augmentation, one draw per stack: uint8 [B, C, H, W] -> images, float32 [B, C, H, W].
 
     A random shift of up to `shift` pixels with edge padding, then a factor 1 + intensity * clip(N(0, 1), -2, 2).
     """
@@ -431,7 +439,7 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generato
 
 
 def to_images(obs: Tensor) -> Tensor:
-    """uint8 [B, 4, H, W] -> float32 in [0, 1], channels last in memory (the layout that convolutions like best)."""
+    """uint8 [B, C, H, W] -> float32 in [0, 1], channels last in memory (the layout that convolutions like best)."""
     return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
@@ -440,7 +448,7 @@ def to_images(obs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sam_perturb(parameters: list[nn.Parameter], backup: list[Tensor], rho: float) -> None:
-    """SAM's ascent: w <- w + rho * g / ||g||, the norm over all of `parameters` (Algorithm 1, line 13; appendix B.1).
+    """SAM's ascent: w <- w + rho * g / ||g||, the norm over all of `parameters` (appendix B.1; Algorithms 1 and 2).
 
     `backup`, tensors of the same shapes, keeps the unperturbed w for sam_restore. A parameter without gradient stays.
     """
@@ -465,20 +473,20 @@ def set_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> None:
 
 
 def sam_gradient(
-    loss_function: Callable[[], Tensor], parameters: list[nn.Parameter], perturbed: list[nn.Parameter],
+    loss_function: Callable[[], tuple[Tensor, ...]], parameters: list[nn.Parameter], perturbed: list[nn.Parameter],
     backup: list[Tensor], rho: float,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Put a loss's gradient into `parameters`: where some are `perturbed`, that at w + rho * g / ||g|| (appendix B.1).
 
-    Returns the loss at w.
+    The function gives the loss and whatever else is of interest; returns what it gave at w.
     """
-    loss = loss_function()
+    loss, *others = loss_function()
     set_gradient(loss, parameters)
     if perturbed:
         sam_perturb(perturbed, backup, rho)
-        set_gradient(loss_function(), parameters)
+        set_gradient(loss_function()[0], parameters)
         sam_restore(perturbed, backup)
-    return loss.detach()
+    return loss.detach(), *(other.detach() for other in others)
 
 
 @torch.no_grad()
@@ -499,7 +507,7 @@ def td_error(q_values: Tensor, td_target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def move_target(target: nn.Module, online: nn.Module, rate: Tensor) -> None:
-    """Moving average w- <- (1 - rate) * w- + rate * w, in place; rate = 1 - tau, a scalar (Algorithm 1, line 18)."""
+    """Moving average w- <- (1 - rate) * w- + rate * w, in place; rate = 1 - tau, a scalar (Algorithms 1 and 2)."""
     for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
         w_target.lerp_(w, rate)
 
@@ -507,8 +515,8 @@ def move_target(target: nn.Module, online: nn.Module, rate: Tensor) -> None:
 class Agent:
     """DrQ-SAC with the paper's interventions: networks, optimizers, acting and Algorithm 2's update.
 
-    Nothing here waits for the device. `counts`, on the device: updates, skipped updates, skipped in a row, longest such
-    row. An update is skipped as a whole if the gradient of critic, actor or temperature is not finite.
+    Nothing but reset() waits for the device. `counts`, on the device: updates, skipped updates, skipped in a row,
+    longest such row. An update is skipped as a whole if a gradient of critic, actor or temperature is not finite.
     """
 
     def __init__(self, action_dim: int, args: Args, generator: torch.Generator) -> None:
@@ -520,12 +528,12 @@ class Agent:
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature), device=device))
         self.parameters = {
             "encoder": list(self.online.backbone.parameters()),
-            "head": list(self.online.head.parameters()),
+            "critic_head": list(self.online.head.parameters()),
             "actor": list(self.actor.parameters()),
             "temperature": [self.log_alpha],
         }
         self.optimizers = {name: self.make_optimizer(parameters) for name, parameters in self.parameters.items()}
-        scopes = {"critic": ("encoder", "head"), "all": ("encoder", "head", "actor", "temperature")}
+        scopes = {"critic": ("encoder", "critic_head"), "all": tuple(self.parameters)}
         scope = scopes.get(args.sam_scope, (args.sam_scope,)) if args.sam_rho > 0 else ()
         self.perturbed = {name: w if name in scope else [] for name, w in self.parameters.items()}
         self.sam_backup = {name: [torch.empty_like(w) for w in perturbed] for name, perturbed in self.perturbed.items()}
@@ -563,7 +571,7 @@ class Agent:
         return batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
 
     def update(self, batch: Batch) -> Tensor:
-        """One gradient update (Algorithm 2, lines 9 to 21). Returns losses, Q-value, entropy and temperature, [5]."""
+        """One gradient update (Algorithm 2, lines 11 to 21). Returns losses, Q-value, entropy and temperature, [5]."""
         args, online = self.args, self.online
         torch._foreach_copy_(self.before, self.changing)
         images, next_images = (augment(obs, args.aug_shift, 0.0, self.generator) for obs in (batch.obs, batch.next_obs))
@@ -571,41 +579,46 @@ class Agent:
         next_noise, noise = torch.randn(shape, generator=self.generator, device=images.device)
 
         td_target = self.td_target(batch, next_images, next_noise)
-        critic_loss = self.step(("encoder", "head"), lambda: td_error(online(images, batch.action), td_target))
+        (critic_loss,) = self.descend(
+            ("encoder", "critic_head"), lambda: (td_error(online(images, batch.action), td_target),)
+        )
         move_target(self.target, online, self.target_rate)
 
         with torch.no_grad():  # the actor's loss does not reach the encoder
             features = online.backbone(images)
-        alpha, first_pass = self.log_alpha.detach().exp(), []
+        alpha = self.log_alpha.detach().exp()
 
-        def actor_loss() -> Tensor:  # Eq. 4
+        def actor_loss() -> tuple[Tensor, Tensor, Tensor]:  # Eq. 4, to be minimised; Q-value, entropy
             action, log_prob = self.actor.sample(features, noise)
             value = online.head(features, action).min(1).values
-            first_pass.append((value.detach().mean(), -log_prob.detach().mean()))
-            return (alpha * log_prob - value).mean()
+            return (alpha * log_prob - value).mean(), value.mean(), -log_prob.mean()
 
-        policy_loss = self.step(("actor",), actor_loss)
-        value, entropy = first_pass[0]
-        self.step(("temperature",), lambda: self.log_alpha.exp() * (entropy + self.action_dim))  # target entropy -|A|
+        policy_loss, value, entropy = self.descend(("actor",), actor_loss)
+        target_entropy = -self.action_dim
+        self.descend(("temperature",), lambda: (self.log_alpha.exp() * (entropy - target_entropy),))
 
-        finite = torch.stack([w.grad.isfinite().all() for group in self.parameters.values() for w in group]).all()
+        # A gradient that is not finite reaches the moments of Adam, and so does one whose square is not.
+        finite = nn.utils.get_total_norm(self.changing).isfinite()
         self.undo(~finite)
         self.count(skipped=~finite)
         return torch.stack([critic_loss, policy_loss, value, entropy, alpha])
 
-    def step(self, names: tuple[str, ...], loss_function: Callable[[], Tensor]) -> Tensor:
-        """One step of the named parameters' optimizers, under SAM with one norm for all of them; returns the loss."""
-        parameters, perturbed, backup = (
-            [w for name in names for w in group[name]] for group in (self.parameters, self.perturbed, self.sam_backup)
-        )
-        loss = sam_gradient(loss_function, parameters, perturbed, backup, self.args.sam_rho)
+    def descend(self, names: tuple[str, ...], loss_function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """One step of the named parameters' optimizers, under SAM with one norm for all; returns what the loss gave."""
+        parameters = [w for name in names for w in self.parameters[name]]
+        perturbed = [w for name in names for w in self.perturbed[name]]
+        backup = [w for name in names for w in self.sam_backup[name]]
+        outputs = sam_gradient(loss_function, parameters, perturbed, backup, self.args.sam_rho)
         for name in names:
             self.optimizers[name].step()
-        return loss
+        return outputs
 
     @torch.no_grad()
     def undo(self, skipped: Tensor) -> None:
-        """Where skipped, put everything back to what it was before this update."""
+        """Where skipped, put everything back to what it was before this update.
+
+        Critic, target and actor have moved by then: whether the last gradient is finite shows only after it.
+        """
         for tensor, before in zip(self.changing, self.before, strict=True):
             torch.where(skipped, before, tensor, out=tensor)
 
@@ -632,12 +645,12 @@ class Agent:
     @torch.no_grad()
     def reset(self) -> None:
         """Renew all but the encoder, its optimizer state and the target's encoder; in place (section 4.1)."""
-        critic, actor = Critic(self.action_dim, self.args), Actor(self.action_dim, self.args)
-        for network, fresh in ((self.online.head, critic.head), (self.target.head, critic.head), (self.actor, actor)):
+        head, actor = CriticHead(self.action_dim, self.args), Actor(self.action_dim, self.args)
+        for network, fresh in ((self.online.head, head), (self.target.head, head), (self.actor, actor)):
             for w, phi in zip(network.parameters(), fresh.parameters(), strict=True):
                 w.copy_(phi)
         self.log_alpha.fill_(math.log(self.args.initial_temperature))
-        for name in ("head", "actor", "temperature"):
+        for name in ("critic_head", "actor", "temperature"):
             clear_adam(self.optimizers[name])
 
 
@@ -683,8 +696,10 @@ def evaluate(agent: Agent, args: Args, video: list[np.ndarray] | None = None) ->
     episode's frames, uint8 [channels, H, W]. Returns the episodes' returns.
     """
     seeds = [10_000 * (args.seed + 1) + i for i in range(args.eval_episodes)]
-    num_workers = min(args.eval_episodes, os.cpu_count() or 1)
+    rounds = math.ceil(args.eval_episodes / min(len(os.sched_getaffinity(0)), 10))
+    num_workers = math.ceil(args.eval_episodes / rounds)
     returns: list[float] = []
+    device = agent.generator.device
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it: Ctrl-C is for us
     envs = gym.vector.AsyncVectorEnv([partial(DMControl, args)] * num_workers, context="spawn")
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -693,19 +708,16 @@ def evaluate(agent: Agent, args: Args, video: list[np.ndarray] | None = None) ->
             while len(returns) < len(seeds):
                 some = seeds[len(returns) : len(returns) + num_workers]
                 frames, _ = envs.reset(seed=(some * num_workers)[:num_workers])  # in the last round some may be idle
-                stacks = (
-                    torch.from_numpy(frames).to(agent.generator.device)[:, None].repeat_interleave(args.frame_stack, 1)
-                )
+                stacks = torch.from_numpy(frames).to(device).repeat(1, args.frame_stack, 1, 1)
                 playing, totals = np.ones(num_workers, dtype=bool), np.zeros(num_workers)
                 while playing.any():
                     if video is not None and not returns and playing[0]:
                         video.append(frames[0].copy())
-                    actions = agent.act_mean(stacks.flatten(1, 2)).cpu().numpy()
+                    actions = agent.act_mean(stacks).cpu().numpy()
                     frames, rewards, terminated, truncated, _ = envs.step(actions)
                     totals += rewards * playing
                     playing &= ~(terminated | truncated)
-                    newest = torch.from_numpy(frames).to(stacks.device)[:, None]
-                    stacks = torch.cat([stacks[:, 1:], newest], dim=1)
+                    stacks = torch.cat([stacks[:, frames.shape[1] :], torch.from_numpy(frames).to(device)], dim=1)
                 returns += totals[: len(some)].tolist()
                 progress.update(len(some))
     finally:
@@ -788,7 +800,7 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, step: int) -> dict[st
 
 # --- Checkpoint -------------------------------------------------------------------------------------------------------
 
-# Flags that may differ when a run is continued; --total-timesteps may grow.
+# Flags that may differ when a run is continued.
 MAY_CHANGE = set(
     "run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite evaluate eval_interval "
     "metrics_interval log_interval capture_video save_model track wandb_project_name wandb_entity".split()
@@ -1025,14 +1037,13 @@ def memory_needed(action_dim: int, args: Args) -> tuple[int, int]:
         )
     frame = (1 if args.grayscale else 3) * args.image_size**2
     replay = int(1.01 * args.buffer_size) * (frame + 4 * action_dim + 25)
-    # Of each parameter: weight, target, gradient, two moments, SAM's backup, and all but two of them before an update.
-    # Of each transition: stacks as bytes and floats, and thrice each layer's outputs.
+    # Of each parameter: weight, target, gradient, two moments, SAM's backup, and the copies that undo() needs.
+    # Of each transition: stacks as bytes and floats, and what autograd keeps and makes of each layer's outputs.
     doubled = 2 if args.crelu else 1
-    outputs = (
-        args.image_size**2 * (32 / 4 + 64 / 16 + 128 / 64 + 256 / 256) * (doubled if args.crelu_scope == "all" else 1)
-    )
+    outputs = args.image_size**2 * (32 / 4 + 64 / 16 + 128 / 64 + 256 / 256)
+    outputs *= doubled if args.crelu_scope == "all" else 1
     heads = 3 * 2 * args.hidden_dim * doubled
-    transition = 10 * args.frame_stack * frame + 4 * 3 * (3 * outputs / 2 + heads)
+    transition = 10 * args.frame_stack * frame + 4 * (5.5 * outputs + 3 * heads)
     return replay, int(4 * 10 * parameters + args.batch_size * transition)
 
 
@@ -1073,7 +1084,7 @@ def save_gif(frames: list[np.ndarray], env: DMControl, file: BinaryIO) -> None:
 
 def make_env(args: Args) -> DMControl:
     """The task, once it has rendered a frame; ends with one line if it cannot."""
-    env = DMControl(args, args.seed)
+    env = DMControl(args)
     try:
         env.reset()
     except Exception as error:  # of MuJoCo, PyOpenGL, the driver
@@ -1131,7 +1142,7 @@ def train(
     num_steps = args.total_timesteps // args.action_repeat
     num_updates = (num_steps - args.learning_starts + 1) * args.updates_per_step
     agent = Agent(action_dim, args, generator)
-    episode_steps = math.ceil(min(env.env._step_limit, 10**6) / args.action_repeat)
+    episode_steps = math.ceil(env.env._step_limit / args.action_repeat)
     replay = ReplayBuffer(
         args.buffer_size, episode_steps, env.observation_space.shape, action_dim, args.frame_stack, replay_device
     )
@@ -1179,7 +1190,7 @@ def train(
 
     start_time = time.perf_counter() - counters.seconds
     checkpoint_time = time.perf_counter()
-    # The simulation's state is not in a checkpoint: a continued run begins an episode, another one than the first.
+    # The simulation's state is not in a checkpoint: a continued run begins an episode, with another seed than before.
     frame, _ = env.reset(seed=args.seed + 1_000_003 * counters.step % 2**30)
     replay.start(frame)
     episode_return, episode_length = 0.0, 0
@@ -1245,7 +1256,7 @@ def train(
                 writer.add_scalar("charts/resets", counters.resets, step)
                 writer.add_scalar("charts/nonfinite_rewards", counters.nonfinite_rewards, step)
                 training_time = time.perf_counter() - start_time - counters.measuring_seconds
-                writer.add_scalar("charts/SPS", step / training_time, step)
+                writer.add_scalar("charts/SPS", step * args.action_repeat / training_time, step)  # as in result.json
             if due(args.metrics_interval, step):
                 measuring_start = time.perf_counter()
                 for name, value in plasticity_metrics(agent, replay, step).items():
