@@ -779,8 +779,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = ("can't allocate memory", "unable to mmap", "could not create a primitive")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
+    phrases = ("can't allocate memory", "could not allocate memory", "unable to mmap", "could not create a primitive")
+    said = any(phrase in str(error).lower() for phrase in phrases)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -883,7 +884,7 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dic
 
 def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
     """Cut TensorBoard's files to the given sizes by name, and remove the others."""
-    for file in run_dir.glob("events.out.tfevents.*"):
+    for file in [path for path in run_dir.glob("events.out.tfevents.*") if path.is_file()]:
         if file.name in sizes:
             os.truncate(file, min(sizes[file.name], file.stat().st_size))
         else:
@@ -913,6 +914,9 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
         if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
+        for name, default in asdict(Counters()).items():
+            if name != "wandb_id" and type(getattr(counters, name)) is not type(default):
+                raise ValueError
         if not 0 < counters.step <= flags["total_timesteps"] or len(counters.resumed_at) >= counters.step:
             raise ValueError
         for name, tensor in own.items():
@@ -924,6 +928,8 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
             else:
                 generator.manual_seed(generator.initial_seed() + counters.step)
         events = dict(checkpoint["events"])
+        if not all(type(size) is int and size >= 0 for size in events.values()):
+            raise ValueError
     except OSError as error:
         fail(f"{path}: {error.strerror or error}", 1)
     except Exception as error:  # such a file can raise anything
@@ -1042,7 +1048,8 @@ def memory_available(device: torch.device) -> float:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(meminfo["MemAvailable"].split()[0])
     with suppress(OSError, ValueError):
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, limit - used)
     return available
 
 
@@ -1077,6 +1084,8 @@ def run(args: Args, stop: Stop) -> None:
         resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
             fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
+        if not resumed and not args.overwrite and any((run_dir / name).exists() for name in ("model.pth", "video.gif")):
+            fail(f"{run_dir} holds a model or video without its result; move it away or pass --overwrite", 1)
         train(run_dir, args, flags, num_actions, resumed, stop)
 
 
@@ -1193,7 +1202,8 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
                 if longest_row >= MAX_SKIPPED_IN_A_ROW:
                     progress.close()
                     writer.close()
-                    fail(f"stopped at step {step}: {longest_row} updates in a row had a non-finite gradient", 1)
+                    problem = f"{longest_row} updates in a row had a non-finite gradient"
+                    fail(f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1)
                 for name, value in zip(("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True):
                     writer.add_scalar(f"losses/{name}", value, step)
                 writer.add_scalar("losses/skipped_updates", skipped, step)
@@ -1283,13 +1293,18 @@ def evaluate_saved(args: Args) -> None:
             model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         ours = {name: getattr(args, name) for name in ("device", "eval_episodes", "eval_epsilon", "torch_threads")}
         saved = resolve(replace(Args(**model["args"]), **ours, track=False))
+        for name, default in asdict(Args()).items():
+            if type(default) in (int, bool) and type(getattr(saved, name)) is not type(default):
+                raise ValueError(name)
         network = QNetwork(model["num_actions"], saved)
         network.load_state_dict(model["target"])
         if not all(tensor.isfinite().all() for tensor in model["target"].values()):
             raise ValueError("weights that are not finite")
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         fail(f"--evaluate {str(args.evaluate)!r}: {error.strerror}", 1)
-    except Exception:  # such a file can raise anything
+    except Exception as error:  # such a file can raise anything
+        if out_of_memory(error):
+            raise
         fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
     returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)

@@ -26,7 +26,9 @@ import copy
 import difflib
 import fcntl
 import json
+import logging
 import math
+import multiprocessing
 import os
 import platform
 import signal
@@ -57,19 +59,21 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # What MuJoCo renders with has to be known before dm_control is imported.
-os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")
+os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or ("egl" if find_library("EGL") else "osmesa")
 NO_RENDERER = (
     f"MuJoCo cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']}: install libegl1 and libegl-mesa0, or libosmesa6 "
     "(packages of Debian and Ubuntu), or set MUJOCO_GL to egl, osmesa or glfw"
 )
 try:
-    from dm_control import suite
-    from dm_control.rl.control import PhysicsError
+    with warnings.catch_warnings(action="ignore"):  # of GLFW, where it finds no display
+        from dm_control import suite
+        from dm_control.rl.control import PhysicsError
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: pip install dm-control (for Python 3.11 or 3.12)")
 except (ImportError, AttributeError, RuntimeError) as error:  # from PyOpenGL, where the library is missing
     sys.exit(f"error: {NO_RENDERER} ({error})")
 
+logging.getLogger("absl").setLevel(logging.ERROR)  # cheetah's model has an attribute that MuJoCo warns about
 TASKS = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS if domain != "lqr"}  # whose episodes never end
 MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
 CHECKPOINT_VERSION = 1  # to be raised when what a checkpoint holds changes
@@ -160,6 +164,8 @@ class DMControl(gym.Env):
         """Make the task: the suite seeds it only then."""
         domain, task = self.args.env_id.split("-", 1)
         self.env = suite.load(domain, task, task_kwargs={"random": seed})
+        screen, size = self.env.physics.model.vis.global_, self.args.image_size
+        screen.offwidth, screen.offheight = max(screen.offwidth, size), max(screen.offheight, size)
         if self.args.render_quality == "fast":
             quality = self.env.physics.model.vis.quality
             quality.shadowsize = quality.offsamples = 0
@@ -689,6 +695,32 @@ def capture(
 # --- Evaluation and metrics -------------------------------------------------------------------------------------------
 
 
+def make_quiet_env(args: Args) -> DMControl:
+    """The task, in an evaluation's process: its errors come up in the parent; without a parent, nobody wants them."""
+    if multiprocessing.parent_process() is not None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    return DMControl(args)
+
+
+@contextmanager
+def make_worker_envs(num_workers: int, args: Args) -> Iterator[gym.vector.AsyncVectorEnv]:
+    """Tasks in processes of their own, which end with the block, however that ends."""
+    others, envs = multiprocessing.active_children(), None
+    try:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it: Ctrl-C is for us
+        envs = gym.vector.AsyncVectorEnv([partial(make_quiet_env, args)] * num_workers, context="spawn")
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        yield envs
+        envs.close()
+    except (EOFError, ConnectionError):
+        raise ChildProcessError("a process of the evaluation died, of want of memory perhaps") from None
+    finally:
+        for process in set(multiprocessing.active_children()) - set(others):
+            process.kill()
+        if envs is not None:
+            envs.closed = True  # else it would wait for their answer
+
+
 def evaluate(agent: Agent, args: Args, video: list[np.ndarray] | None = None) -> list[float]:
     """Play --eval-episodes with the policy's mean action, several side by side in processes of their own.
 
@@ -700,28 +732,25 @@ def evaluate(agent: Agent, args: Args, video: list[np.ndarray] | None = None) ->
     num_workers = math.ceil(args.eval_episodes / rounds)
     returns: list[float] = []
     device = agent.generator.device
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it: Ctrl-C is for us
-    envs = gym.vector.AsyncVectorEnv([partial(DMControl, args)] * num_workers, context="spawn")
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    try:
-        with tqdm(total=len(seeds), desc="evaluation", unit="episode", disable=None, leave=False) as progress:
-            while len(returns) < len(seeds):
-                some = seeds[len(returns) : len(returns) + num_workers]
-                frames, _ = envs.reset(seed=(some * num_workers)[:num_workers])  # in the last round some may be idle
-                stacks = torch.from_numpy(frames).to(device).repeat(1, args.frame_stack, 1, 1)
-                playing, totals = np.ones(num_workers, dtype=bool), np.zeros(num_workers)
-                while playing.any():
-                    if video is not None and not returns and playing[0]:
-                        video.append(frames[0].copy())
-                    actions = agent.act_mean(stacks).cpu().numpy()
-                    frames, rewards, terminated, truncated, _ = envs.step(actions)
-                    totals += rewards * playing
-                    playing &= ~(terminated | truncated)
-                    stacks = torch.cat([stacks[:, frames.shape[1] :], torch.from_numpy(frames).to(device)], dim=1)
-                returns += totals[: len(some)].tolist()
-                progress.update(len(some))
-    finally:
-        envs.close(terminate=True)
+    with (
+        make_worker_envs(num_workers, args) as envs,
+        tqdm(total=len(seeds), desc="evaluation", unit="episode", disable=None, leave=False) as progress,
+    ):
+        while len(returns) < len(seeds):
+            some = seeds[len(returns) : len(returns) + num_workers]
+            frames, _ = envs.reset(seed=(some * num_workers)[:num_workers])  # in the last round some may be idle
+            stacks = torch.from_numpy(frames).to(device).repeat(1, args.frame_stack, 1, 1)
+            playing, totals = np.ones(num_workers, dtype=bool), np.zeros(num_workers)
+            while playing.any():
+                if video is not None and not returns and playing[0]:
+                    video.append(frames[0].copy())
+                actions = agent.act_mean(stacks).cpu().numpy()
+                frames, rewards, terminated, truncated, _ = envs.step(actions)
+                totals += rewards * playing
+                playing &= ~(terminated | truncated)
+                stacks = torch.cat([stacks[:, frames.shape[1] :], torch.from_numpy(frames).to(device)], dim=1)
+            returns += totals[: len(some)].tolist()
+            progress.update(len(some))
     if not np.isfinite(returns).all():
         raise FloatingPointError(f"an episode of {args.env_id} gave a reward that is not a finite number")
     return returns
@@ -815,8 +844,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = ("can't allocate memory", "unable to mmap", "could not create a primitive")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
+    phrases = ("can't allocate memory", "could not allocate memory", "unable to mmap", "could not create a primitive")
+    said = any(phrase in str(error).lower() for phrase in phrases)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -919,7 +949,7 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dic
 
 def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
     """Cut TensorBoard's files to the given sizes by name, and remove the others."""
-    for file in run_dir.glob("events.out.tfevents.*"):
+    for file in [path for path in run_dir.glob("events.out.tfevents.*") if path.is_file()]:
         if file.name in sizes:
             os.truncate(file, min(sizes[file.name], file.stat().st_size))
         else:
@@ -946,8 +976,13 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
         if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
+        for name, default in asdict(Counters()).items():
+            if name != "wandb_id" and type(getattr(counters, name)) is not type(default):
+                raise ValueError
         steps = flags["total_timesteps"] // flags["action_repeat"]
         if not 0 < counters.step <= steps or len(counters.resumed_at) >= counters.step:
+            raise ValueError
+        if not tensors["replay.valid"].any() or tensors["counts"].min() < 0:
             raise ValueError
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -959,6 +994,8 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
             else:
                 generator.manual_seed(generator.initial_seed() + counters.step)
         events = dict(checkpoint["events"])
+        if not all(type(size) is int and size >= 0 for size in events.values()):
+            raise ValueError
     except OSError as error:
         fail(f"{path}: {error.strerror or error}", 1)
     except Exception as error:  # such a file can raise anything
@@ -1044,7 +1081,8 @@ def memory_needed(action_dim: int, args: Args) -> tuple[int, int]:
     outputs *= doubled if args.crelu_scope == "all" else 1
     heads = 3 * 2 * args.hidden_dim * doubled
     transition = 10 * args.frame_stack * frame + 4 * (5.5 * outputs + 3 * heads)
-    return replay, int(4 * 10 * parameters + args.batch_size * transition)
+    transitions = max(args.batch_size, 512 if args.metrics_interval > 0 else 0)
+    return replay, int(4 * 10 * parameters + transitions * transition)
 
 
 def memory_available(device: torch.device) -> float:
@@ -1056,7 +1094,8 @@ def memory_available(device: torch.device) -> float:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(meminfo["MemAvailable"].split()[0])
     with suppress(OSError, ValueError):
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, limit - used)
     return available
 
 
@@ -1086,9 +1125,11 @@ def make_env(args: Args) -> DMControl:
     """The task, once it has rendered a frame; ends with one line if it cannot."""
     env = DMControl(args)
     try:
-        env.reset()
+        with warnings.catch_warnings(action="ignore"):  # of GLFW
+            env.reset()
     except Exception as error:  # of MuJoCo, PyOpenGL, the driver
         sys.unraisablehook = lambda hook: None  # their half-made objects would complain on the way out
+        warnings.simplefilter("ignore")
         fail(f"{NO_RENDERER} ({error})", 1)
     return env
 
@@ -1117,6 +1158,8 @@ def run(args: Args, stop: Stop) -> None:
         resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
             fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
+        if not resumed and not args.overwrite and any((run_dir / name).exists() for name in ("model.pth", "video.gif")):
+            fail(f"{run_dir} holds a model or video without its result; move it away or pass --overwrite", 1)
         train(run_dir, args, flags, env, replay_device, resumed, stop)
 
 
@@ -1248,7 +1291,8 @@ def train(
                 if longest_row >= MAX_SKIPPED_IN_A_ROW:
                     progress.close()
                     writer.close()
-                    fail(f"stopped at step {step}: {longest_row} updates in a row had a non-finite gradient", 1)
+                    problem = f"{longest_row} updates in a row had a non-finite gradient"
+                    fail(f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1)
                 names = ("td_loss", "actor_loss", "q_values", "entropy", "temperature")
                 for name, value in zip(names, statistics.tolist(), strict=True):
                     writer.add_scalar(f"losses/{name}", value, step)
@@ -1360,6 +1404,9 @@ def evaluate_saved(args: Args) -> None:
             model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         ours = {name: getattr(args, name) for name in ("device", "eval_episodes", "torch_threads")}
         saved = resolve(replace(Args(**model["args"]), **ours, track=False))
+        for name, default in asdict(Args()).items():
+            if type(default) in (int, bool) and type(getattr(saved, name)) is not type(default):
+                raise ValueError(name)
         agent = Agent(model["action_dim"], saved, torch.Generator(saved.device))
         agent.online.backbone.load_state_dict(model["backbone"])
         agent.actor.load_state_dict(model["actor"])
@@ -1367,9 +1414,13 @@ def evaluate_saved(args: Args) -> None:
             raise ValueError("weights that are not finite")
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         fail(f"--evaluate {str(args.evaluate)!r}: {error.strerror}", 1)
-    except Exception:  # such a file can raise anything
+    except Exception as error:  # such a file can raise anything
+        if out_of_memory(error):
+            raise
         fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
     env, video = make_env(saved), [] if args.capture_video else None
+    if env.action_space.shape != (agent.action_dim,):
+        fail(f"--evaluate {str(args.evaluate)!r}: a model of {agent.action_dim} actions, not of {saved.env_id}", 1)
     print(summary(saved.env_id, evaluate(agent, saved, video)))
     if args.capture_video:
         write_atomically(gif, lambda file: save_gif(video, env, file))
@@ -1398,13 +1449,13 @@ if __name__ == "__main__":
             run(args, stop)
         else:
             evaluate_saved(args)
-    except (EOFError, ConnectionError):
-        fail(f"a process of the evaluation died, of want of memory perhaps{stop.hint}", 1)
+    except ChildProcessError as error:
+        fail(f"{error}{stop.hint}", 1)
     except PhysicsError as error:
         fail(f"the simulation diverged ({error}){stop.hint}", 1)
     except FloatingPointError as error:
         fail(f"{error}", 1)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         if not out_of_memory(error):
             raise
         fail("out of memory; lower --buffer-size, --image-size, --batch-size or --hidden-dim", 1)

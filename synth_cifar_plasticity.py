@@ -546,8 +546,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = ("can't allocate memory", "unable to mmap", "could not create a primitive")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
+    phrases = ("can't allocate memory", "could not allocate memory", "unable to mmap", "could not create a primitive")
+    said = any(phrase in str(error).lower() for phrase in phrases)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -650,7 +651,7 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, replicas: Repli
 
 def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
     """Cut TensorBoard's files to the given sizes by name, and remove the others."""
-    for file in run_dir.glob("events.out.tfevents.*"):
+    for file in [path for path in run_dir.glob("events.out.tfevents.*") if path.is_file()]:
         if file.name in sizes:
             os.truncate(file, min(sizes[file.name], file.stat().st_size))
         else:
@@ -678,6 +679,9 @@ def load_checkpoint(path: Path, flags: dict, replicas: Replicas) -> Counters:
         if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
+        for name, default in asdict(Counters()).items():
+            if name != "wandb_id" and type(getattr(counters, name)) is not type(default):
+                raise ValueError
         if not 0 < counters.updates <= flags["num_stages"] * flags["updates_per_stage"]:
             raise ValueError
         if len(counters.resumed_at) >= counters.updates or not 0 <= counters.seconds < math.inf:
@@ -690,6 +694,8 @@ def load_checkpoint(path: Path, flags: dict, replicas: Replicas) -> Counters:
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         events = dict(checkpoint["events"])
+        if not all(type(size) is int and size >= 0 for size in events.values()):
+            raise ValueError
     except OSError as error:
         fail(f"{path}: {error.strerror or error}", 1)
     except Exception as error:  # such a file can raise anything
@@ -764,7 +770,8 @@ def memory_available(device: torch.device) -> float:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(meminfo["MemAvailable"].split()[0])
     with suppress(OSError, ValueError):
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, limit - used)
     return available
 
 

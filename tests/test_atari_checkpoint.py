@@ -381,7 +381,11 @@ BAD_CHECKPOINTS = {
     "a step past the end": change(counters={"step": 10**6}),
     "a negative step": change(counters={"step": -50}),
     "continued at nothing": change(counters={"step": 41, "resumed_at": None}),
+    "seconds that are a word": change(counters={"step": 41, "seconds": "x"}),
+    "a step that is a fraction": change(counters={"step": 40.5}),
     "events that are a number": change(events=3),
+    "events of a word's size": change(events={"events.out.tfevents.1": "x"}),
+    "events of a negative size": change(events={"events.out.tfevents.1": -1}),
     "weights that are not finite": change_tensor("online.head.value.output.bias_mu", torch.full((5,), math.nan)),
     "flipped bytes": flip_bytes,
     "another shape": change_tensor("replay.frames", torch.zeros((5, 84, 84), dtype=torch.uint8)),
@@ -575,7 +579,7 @@ def test_the_memory_available_is_that_of_the_machine_or_of_the_container(monkeyp
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert atari.memory_available(torch.device("cpu")) == 2**22
-    files["/sys/fs/cgroup/memory.max"] = "1048576\n"
+    files |= {"/sys/fs/cgroup/memory.max": "2097152\n", "/sys/fs/cgroup/memory.current": "1048576\n"}
     assert atari.memory_available(torch.device("cpu")) == 2**20
     files.clear()
     assert atari.memory_available(torch.device("cpu")) == math.inf

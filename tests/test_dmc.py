@@ -465,7 +465,7 @@ class ClosableEnvs:
     def __getattr__(self, name):
         return getattr(self.envs, name)
 
-    def close(self, terminate):
+    def close(self):
         self.envs.close()
 
 
@@ -659,3 +659,89 @@ def test_where_the_replay_goes_and_what_does_not_fit(monkeypatch, capsys):
                 dmc.place_replay(1, gpu)
             assert exit_info.value.code == 1
             assert "--buffer-size" in capsys.readouterr().err
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def edited(path, edit):
+    """Change a file of torch.save: `edit` gets what it holds."""
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+
+
+BAD_CHECKPOINTS = {
+    "another script": lambda c: c.update(script="plastic_drq_rainbow_atari.py"),
+    "another version": lambda c: c.update(version=0),
+    "no events": lambda c: c.pop("events"),
+    "events of a word's size": lambda c: c["events"].update(x="x"),
+    "seconds that are a word": lambda c: c["counters"].update(seconds="x"),
+    "a step that is a fraction": lambda c: c["counters"].update(step=30.5),
+    "a step past the end": lambda c: c["counters"].update(step=10**6),
+    "no transitions": lambda c: c["tensors"]["replay.valid"].fill_(False),
+    "negative counts": lambda c: c["tensors"]["counts"].fill_(-5),
+    "weights that are not finite": lambda c: c["tensors"]["actor.mean.weight"].fill_(math.nan),
+    "another shape": lambda c: c["tensors"].update({"replay.frames": torch.zeros(3, dtype=torch.uint8)}),
+    "a tensor too few": lambda c: c["tensors"].pop("log_alpha"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+def test_a_file_that_is_no_checkpoint_gets_one_line_and_stays(tmp_path, scripted, capsys, kind):
+    args = make_args(run_dir=tmp_path, resume=True, exp_name="x", total_timesteps=160)
+    with pytest.raises(SystemExit):
+        scripted(args, at=30)
+    path = tmp_path / "cartpole-swingup_sparse__x__1" / "checkpoint.pth"
+    edited(path, BAD_CHECKPOINTS[kind])
+    before = path.read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        scripted(args)
+    error = capsys.readouterr().err
+    assert (exit_info.value.code, error.count("\n")) == (1, 1)
+    assert "not a checkpoint of this version" in error and "--overwrite" in error
+    assert path.read_bytes() == before
+
+
+def test_other_flags_are_refused_by_name(tmp_path, scripted, capsys):
+    args = make_args(run_dir=tmp_path, resume=True, exp_name="x", total_timesteps=160)
+    with pytest.raises(SystemExit):
+        scripted(args, at=30)
+    for change, words in (
+        (dict(sam_rho=0.3), "--sam-rho 0.01"),
+        (dict(crelu=False), "--crelu"),
+        (dict(total_timesteps=180, buffer_size=80), "--total-timesteps 160"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            scripted(dmc.replace(args, **change))
+        assert exit_info.value.code == 1 and f"was made with {words};" in capsys.readouterr().err
+    scripted(dmc.replace(args, eval_interval=40, log_interval=7, capture_video=False))  # these may differ
+    assert result_of(args)["resumed_at"] == [30]
+
+
+@pytest.mark.parametrize("name", ["model.pth", "video.gif"])
+def test_a_model_without_its_result_is_not_deleted_without_being_told(tmp_path, scripted, capsys, name):
+    args = make_args(run_dir=tmp_path, exp_name="x", total_timesteps=160)
+    path = tmp_path / "cartpole-swingup_sparse__x__1" / name
+    path.parent.mkdir()
+    path.write_text("mine")
+    with pytest.raises(SystemExit) as exit_info:
+        scripted(args)
+    assert exit_info.value.code == 1 and "--overwrite" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+    (path.parent / "events.out.tfevents.mine").mkdir()
+    scripted(dmc.replace(args, overwrite=True))
+    assert not path.exists() and (path.parent / "result.json").exists()
+
+
+def test_images_larger_than_the_suites_screen():
+    frame, _ = dmc.DMControl(make_args(image_size=500)).reset()
+    assert frame.shape == (1, 500, 500) and frame[0, 490:].any() and frame[0, :, 490:].any()
+
+
+def test_the_memory_of_metrics_is_counted():
+    with_metrics, without = (make_args(batch_size=4, metrics_interval=n) for n in (10, 0))
+    as_batch = make_args(batch_size=512)
+    assert dmc.memory_needed(1, with_metrics)[1] == dmc.memory_needed(1, as_batch)[1] > dmc.memory_needed(1, without)[1]
