@@ -66,7 +66,7 @@ def test_header_names_what_the_script_imports(script):
 
 OWN = set(  # of the same name and purpose in several scripts, but about each one's own data
     "Args Counters resolve run train save_checkpoint load_checkpoint memory_needed plasticity_metrics "
-    "Agent Batch ReplayBuffer td_error evaluate evaluation_due save_gif evaluate_saved summary".split()
+    "Agent Batch QNetwork ReplayBuffer td_error evaluate evaluation_due save_gif evaluate_saved summary".split()
 )
 
 
@@ -92,9 +92,10 @@ def test_readme_has_the_two_commands(command):
 def test_readme_names_only_flags_that_exist():
     import plastic_drq_rainbow_atari as atari
     import plastic_drq_sac_dmc as dmc
+    import plastic_pretrained_finetune as finetune
     import synth_cifar_plasticity as synth
 
-    names = atari.Args.__dataclass_fields__ | dmc.Args.__dataclass_fields__ | synth.Args.__dataclass_fields__
+    names = [name for script in (atari, dmc, finetune, synth) for name in script.Args.__dataclass_fields__]
     fields = {"--" + name.replace("_", "-") for name in names}
     fields |= {flag.replace("--", "--no-", 1) for flag in fields}
     elsewhere = {"--help", "--logdir", "--json", "--script", "--plot"}  # of tyro, TensorBoard and benchmark/

@@ -1,0 +1,419 @@
+"""The pretrained encoder: its layout, loading, freezing, Reset†, its pretraining and videos, short real runs."""
+
+import copy
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import plastic_pretrained_finetune as ft
+
+SCRIPT = Path(__file__).parent.parent / "plastic_pretrained_finetune.py"
+SMALL = dict(batch_size=4, hidden_dim=8, n_atoms=5, buffer_size=300, learning_starts=20, total_timesteps=60)
+SMALL |= dict(device="cpu", from_scratch=True, eval_episodes=1)
+
+
+def make_args(**flags):
+    return ft.resolve(ft.Args(**SMALL | flags))
+
+
+def make_backbone(seed=0):
+    """An encoder whose BatchNorm has statistics and scales of its own."""
+    torch.manual_seed(seed)
+    backbone = ft.Backbone()
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.running_mean, std=0.1)  # else all of eight channels may be below zero
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    return backbone
+
+
+def make_agent(**flags):
+    args = make_args(**flags)
+    backbone = make_backbone()
+    torch.manual_seed(1)
+    return ft.Agent(backbone, 3, 100, args, torch.Generator().manual_seed(0))
+
+
+def make_replay(args):
+    replay = ft.ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    frames = rng.integers(256, size=(101, 84, 84), dtype=np.uint8)
+    replay.start(frames[0])
+    for frame in frames[1:]:
+        replay.add(int(rng.integers(3)), float(rng.integers(-1, 2)), bool(rng.random() < 0.05), frame)
+    return replay
+
+
+# --- Encoder ----------------------------------------------------------------------------------------------------------
+
+
+def published_layout():
+    """{key: shape} as the spec has it: nine blocks of three convolutions and BatchNorms, three strided ones beside."""
+    layout = {}
+    for block in range(9):
+        group, first = block // 3, block % 3 == 0
+        outputs = (32, 64, 64)[group]
+        inputs = (4, 32, 64)[group] if first else outputs
+        hidden = 2 * inputs
+        prefix = f"backbone.layers.{block}."
+        if first:
+            stride = (3, 2, 2)[group]
+            layout[prefix + "down.weight"], layout[prefix + "down.bias"] = (outputs, inputs, stride, stride), (outputs,)
+        shapes = {0: (hidden, inputs, 1, 1), 3: (hidden, 1, 3, 3), 6: (outputs, hidden, 1, 1)}
+        for i, shape in shapes.items():
+            layout[f"{prefix}layers.{i}.weight"], layout[f"{prefix}layers.{i}.bias"] = shape, shape[:1]
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                layout[f"{prefix}layers.{i + 1}.{name}"] = shape[:1]
+            layout[f"{prefix}layers.{i + 1}.num_batches_tracked"] = ()
+    return layout
+
+
+def test_the_encoder_has_30_convolutions_and_the_published_layout():
+    backbone = ft.Backbone()
+    assert sum(isinstance(module, torch.nn.Conv2d) for module in backbone.modules()) == 30
+    assert {f"backbone.{name}": tuple(w.shape) for name, w in backbone.state_dict().items()} == published_layout()
+    assert backbone(torch.zeros(2, 4, 84, 84)).shape == (2, 3136)
+
+
+def test_initial_weights_and_a_block_that_starts_as_what_is_beside_it():
+    torch.manual_seed(0)
+    backbone = ft.Backbone().eval()
+    for conv, fan_out, scale in (
+        (backbone.layers[4].layers[0], 128, 12**-0.25),
+        (backbone.layers[4].layers[3], 128 * 9, 12**-0.25),
+        (backbone.layers[6].down, 64 * 4, 1),
+    ):
+        assert conv.weight.std().item() == pytest.approx(scale * (2 / fan_out) ** 0.5, rel=0.06)
+    x = torch.randn(2, 4, 84, 84)
+    torch.testing.assert_close(backbone.layers[0](x), backbone.layers[0].down(x))
+    x = torch.randn(2, 32, 28, 28)
+    torch.testing.assert_close(backbone.layers[1](x), x)
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------------
+
+
+def saved(path, backbone, change=lambda state: None):
+    state = {f"backbone.{name}": w for name, w in backbone.state_dict().items()} | {"head.weight": torch.zeros(3)}
+    change(state)
+    torch.save({"model_state_dict": state}, path)
+    return path
+
+
+def test_published_weights_are_loaded_as_they_are(tmp_path):
+    backbone, other = make_backbone(), ft.Backbone()
+    other.load_state_dict(ft.load_pretrained(saved(tmp_path / "a.pth", backbone)))
+    x = torch.rand(2, 4, 84, 84)
+    assert torch.equal(other.eval()(x), backbone.eval()(x))
+
+
+def remove_and_rename(state):
+    del state["backbone.layers.2.layers.3.weight"]
+    state["backbone.layers.9.down.bias"] = torch.zeros(3)
+    state["backbone.layers.0.down.weight"] = torch.zeros(32, 4, 2, 2)
+
+
+def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path, capsys):
+    files = {
+        saved(tmp_path / "keys.pth", ft.Backbone(), remove_and_rename): (
+            "missing layers.2.layers.3.weight", "extra layers.9.down.bias", "(32, 4, 2, 2), not (32, 4, 3, 3)",
+        ),
+        saved(tmp_path / "nan.pth", ft.Backbone(), lambda s: s["backbone.layers.0.down.bias"].fill_(torch.nan)): (
+            "not finite",
+        ),
+        tmp_path / "none.pth": ("No such file",),
+    }  # fmt: skip
+    (tmp_path / "text.pth").write_text("weights")
+    torch.save([1], tmp_path / "list.pth")
+    files |= {tmp_path / f"{name}.pth": ("not a file of weights",) for name in ("text", "list")}
+    for path, words in files.items():
+        with pytest.raises(SystemExit) as exit_info:
+            ft.load_pretrained(path)
+        error = capsys.readouterr().err
+        assert exit_info.value.code == 1 and error.count("\n") == 1
+        assert all(word in error for word in words), error
+
+
+# --- Freezing, update, Reset† -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.1])
+def test_a_frozen_encoder_has_no_gradient_no_optimizer_state_and_never_changes(sam_rho):
+    agent = make_agent(sam_rho=sam_rho)
+    replay = make_replay(agent.args)
+    before = copy.deepcopy(agent.online.backbone.state_dict())
+    head = copy.deepcopy(agent.online.head.state_dict())
+    for _ in range(3):
+        agent.update(replay)
+    for network in (agent.online, agent.target):
+        assert all(torch.equal(w, before[name]) for name, w in network.backbone.state_dict().items())
+    assert all(w.grad is None for w in agent.online.backbone.parameters())
+    assert len(agent.optimizer.state) == len(list(agent.online.head.parameters()))
+    assert any(not torch.equal(w, head[name]) for name, w in agent.online.head.state_dict().items())
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.1])
+def test_features_once_per_update_are_the_same_as_the_encoder_in_each_pass(sam_rho):
+    weights = []
+    for freeze in (True, False):
+        agent = make_agent(sam_rho=sam_rho)
+        agent.args = ft.replace(agent.args, freeze_backbone=freeze)  # after the optimizer is made
+        replay = make_replay(agent.args)
+        for _ in range(3):
+            agent.update(replay)
+        weights.append([*agent.online.head.state_dict().values(), replay.priorities])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_encoder_that_is_not_frozen_is_trained_but_keeps_its_statistics():
+    agent = make_agent(freeze_backbone=False, learning_rate=0.1)
+    replay = make_replay(agent.args)
+    before = copy.deepcopy(agent.online.backbone.state_dict())
+    agent.update(replay)
+    for name, w in agent.online.backbone.state_dict().items():
+        assert torch.equal(w, before[name]) == ("running" in name or "num_batches" in name), name
+
+
+@pytest.mark.parametrize("anchor", ["init", "pretrained"])
+def test_reset_dagger_by_hand(anchor):
+    agent = make_agent(reset_interval=10, shrink_perturb_alpha=0.6, shrink_perturb_anchor=anchor)
+    first = [w.detach().clone() for w in agent.online.backbone.parameters()]
+    with torch.no_grad():
+        for w in (*agent.online.backbone.parameters(), *agent.target.backbone.parameters()):
+            w.add_(1)
+    before = [w.detach().clone() for w in agent.online.backbone.parameters()]
+    statistics = [w.clone() for name, w in agent.online.backbone.state_dict().items() if "running" in name]
+    head = agent.online.head.value.hidden.weight_mu.clone()
+    torch.manual_seed(5)
+    agent.reset()
+    if anchor == "init":
+        torch.manual_seed(5)
+        copy.deepcopy(agent.online.head).apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else 0)
+        phi = [w.detach() for w in ft.Backbone().parameters()]
+    else:
+        phi = first
+    for network in (agent.online, agent.target):
+        for w, old, towards in zip(network.backbone.parameters(), before, phi, strict=True):
+            torch.testing.assert_close(w, 0.6 * old + 0.4 * towards)
+    after = [w for name, w in agent.online.backbone.state_dict().items() if "running" in name]
+    assert all(torch.equal(a, b) for a, b in zip(statistics, after, strict=True))
+    assert not torch.equal(head, agent.online.head.value.hidden.weight_mu)
+
+
+# --- Pretraining ------------------------------------------------------------------------------------------------------
+
+
+def test_the_losses_against_slow_ones():
+    generator = torch.Generator().manual_seed(0)
+    predictions = torch.randn(3, 4, 6, generator=generator)
+    one, other = torch.randn(2, 3, 5, 6, generator=generator)
+    slow = 0.0
+    for n in range(3):
+        for t in range(4):
+            p, z = predictions[n, t], one[n, t + 1]
+            slow += (2 - 2 * float(p @ z) / float(p.norm() * z.norm())) / 12
+    assert ft.prediction_loss(predictions, one).item() == pytest.approx(slow, rel=1e-5)
+    columns = []
+    for z in (one, other):
+        rows = np.array([row / np.linalg.norm(row) for row in z.reshape(15, 6).numpy()])
+        columns.append((rows - rows.mean(0)) / rows.std(0, ddof=1))
+    slow = 0.0
+    for i in range(6):
+        for j in range(6):
+            correlation = sum(columns[0][b, i] * columns[1][b, j] for b in range(15)) / 15
+            slow += (correlation - 1) ** 2 if i == j else 0.005 * correlation**2
+    assert ft.barlow_loss(one, other).item() == pytest.approx(slow, rel=1e-4)
+
+
+def test_targets_take_no_gradient():
+    predictions, projections = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 4, 4, requires_grad=True)
+    ft.prediction_loss(predictions, projections).backward()
+    assert predictions.grad.any() and projections.grad is None
+
+
+def test_the_future_changes_no_prediction_before_it_and_the_past_does():
+    torch.manual_seed(0)
+    network = ft.SimTPR(width=32).eval()
+    images = torch.rand(2, 6, 4, 84, 84)
+    with torch.no_grad():
+        _, before = network(images)
+        images[:, 3] = torch.rand(2, 4, 84, 84)
+        _, after = network(images)
+    same = [torch.allclose(before[:, t], after[:, t], atol=1e-6) for t in range(5)]
+    assert same == [True, True, True, False, False]
+
+
+def test_positions_by_their_formula():
+    expected = np.array(
+        [[f(t / 10_000 ** (2 * (i // 2) / 8)) for i, f in enumerate([np.sin, np.cos] * 4)] for t in range(5)]
+    )
+    np.testing.assert_allclose(ft.positions(5, 8, torch.device("cpu")).numpy(), expected, atol=1e-6)
+
+
+def test_the_pretraining_loss_is_symmetric_and_learns():
+    torch.manual_seed(0)
+    network, args = ft.SimTPR(width=32), make_args(aug_shift=0, aug_intensity=0.0, barlow_weight=0.5)
+    frames = torch.randint(256, (3, 7, 84, 84), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    stacks = torch.stack([frames[:, t : t + 4] for t in range(4)], dim=1) / 255
+    projections, predictions = network(stacks)
+    expected = ft.prediction_loss(predictions, projections) + 0.5 * ft.barlow_loss(projections, projections)
+    torch.testing.assert_close(ft.pretraining_loss(network, frames, args, generator), expected, rtol=1e-4, atol=1e-4)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(15):
+        loss = ft.pretraining_loss(network, frames, args, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# --- Videos -----------------------------------------------------------------------------------------------------------
+
+NAMES = ("observation_1_3.gz", "terminal_1_3.gz"), ("$store$_observation_ckpt.4.gz", "$store$_terminal_ckpt.4.gz")
+
+
+def write_video(directory, names, num, seed=0):
+    rng = np.random.default_rng(seed)
+    arrays = rng.integers(256, size=(num, 84, 84), dtype=np.uint8), (rng.random(num) < 0.1).astype(np.uint8)
+    for name, array in zip(names, arrays, strict=True):
+        with gzip.open(directory / name, "wb") as file:
+            np.save(file, array)
+    return arrays
+
+
+def test_videos_are_read_block_by_block(tmp_path):
+    (tmp_path / "reward_1_3.gz").write_bytes(b"not read")
+    arrays = [write_video(tmp_path, names, num, seed=num) for names, num in zip(reversed(NAMES), (25, 40), strict=True)]
+    blocks = list(ft.read_videos(tmp_path, 16))
+    assert [len(frames) for frames, _ in blocks] == [16, 9, 16, 16, 8]
+    assert np.array_equal(np.concatenate([frames for frames, _ in blocks]), np.concatenate([a[0] for a in arrays]))
+    assert np.array_equal(np.concatenate([ends for _, ends in blocks]), np.concatenate([a[1] for a in arrays]) == 1)
+
+
+def spoil(directory, kind):
+    frames, terminals = (directory / name for name in NAMES[0])
+    if kind == "truncated":
+        frames.write_bytes(frames.read_bytes()[:-1000])
+    elif kind == "flipped":
+        data = bytearray(frames.read_bytes())
+        data[5000:5100] = bytes(100)
+        frames.write_bytes(data)
+    elif kind == "no gzip":
+        terminals.write_bytes(b"plain")
+    else:
+        array = {"colour": np.zeros((40, 84, 84, 3), np.uint8), "float": np.zeros((40, 84, 84), np.float32)}
+        array |= {"short": np.zeros((39, 84, 84), np.uint8)}
+        with gzip.open(frames, "wb") as file:
+            np.save(file, array[kind])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "no gzip", "colour", "float", "short"])
+def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, kind):
+    write_video(tmp_path, NAMES[0], 40)
+    spoil(tmp_path, kind)
+    with pytest.raises((ValueError, EOFError), match=r"(observation|terminal)_1_3\.gz: "):
+        list(ft.read_videos(tmp_path, 16))
+
+
+def test_videos_never_cross_an_episodes_end():
+    terminals = np.zeros(200, bool)
+    terminals[[10, 11, 50, 150, 199]] = True
+    frames, seen = np.zeros((200, 1, 1)), set()
+    for seed in range(50):
+        starts = ft.draw_videos(frames, terminals, 8, np.random.default_rng(seed))
+        assert len(starts) == len(set(starts)) == 25
+        seen |= set(starts.tolist())
+    expected = {s for s in range(193) if not terminals[s : s + 7].any()}
+    assert seen == expected
+    assert len(ft.draw_videos(frames[:5], terminals[:5], 8, np.random.default_rng(0))) == 0
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_continued_pretraining_equals_an_unbroken_one(tmp_path, monkeypatch):
+    write_video(tmp_path, NAMES[0], 100)
+    monkeypatch.setattr(ft, "BLOCK_FRAMES", 40)
+    flags = dict(mode="pretrain", from_scratch=False, video_dir=tmp_path, run_dir=tmp_path, pretrain_epochs=2)
+    flags |= dict(pretrain_batch_size=2, pretrain_length=3, checkpoint_interval=1, resume=True, torch_threads=1)
+    ft.run(make_args(exp_name="whole", **flags), ft.Stop())
+    stop, save = ft.Stop(), ft.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        if args[2].step == 4:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(ft, "save_checkpoint", save_and_stop)
+    with pytest.raises(SystemExit):
+        ft.run(make_args(exp_name="broken", **flags), stop)
+    monkeypatch.setattr(ft, "save_checkpoint", save)
+    torch.manual_seed(99)
+    ft.run(make_args(exp_name="broken", **flags), stop)
+    results, models = [], []
+    for name in ("whole", "broken"):
+        run_dir = tmp_path / f"Alien__{name}__1"
+        results.append(json.loads((run_dir / "result.json").read_text()))
+        models.append(torch.load(run_dir / "model.pth", weights_only=True)["model_state_dict"])
+    assert (results[0]["blocks"], results[1]["blocks"], results[1]["resumed_at"]) == (6, 6, [4])
+    assert results[0]["gradient_updates"] == results[1]["gradient_updates"] > 10
+    assert all(torch.equal(w, models[1][name]) for name, w in models[0].items())
+    assert {name: tuple(w.shape) for name, w in models[0].items()} == published_layout()
+
+
+def script(tmp_path, *flags):
+    command = [sys.executable, str(SCRIPT), "--env-id", "Pong", "--device", "cpu", "--torch-threads", "1", *flags]
+    return subprocess.run([*command, "--run-dir", str(tmp_path)], capture_output=True, text=True, timeout=300)
+
+
+def test_a_short_pretraining_then_fine_tuning_on_pong(tmp_path):
+    sizes = "--collect-steps 200 --pretrain-epochs 1 --pretrain-batch-size 4 --pretrain-length 4".split()
+    done = script(tmp_path, "--mode", "pretrain", *sizes)
+    assert (done.returncode, done.stderr) == (0, "")
+    model = tmp_path / "Pong__pretrain__1" / "model.pth"
+    flags = (
+        "--total-timesteps 60 --learning-starts 20 --batch-size 4 --buffer-size 200 --hidden-dim 8 --n-atoms 5".split()
+    )
+    flags += "--eval-episodes 1 --sam-rho 0.1 --reset-interval 30 --metrics-interval 30 --save-model".split()
+    done = script(tmp_path, "--pretrained-path", str(model), *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    run_dir = tmp_path / "Pong__finetune__1"
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["gradient_updates"], result["resets"], len(result["episode_returns"])) == (82, 2, 1)
+    weights, first = torch.load(run_dir / "model.pth", weights_only=True)["target"], ft.load_pretrained(model)
+    assert torch.equal(weights["backbone.layers.0.layers.1.running_mean"], first["layers.0.layers.1.running_mean"])
+    assert not torch.equal(weights["backbone.layers.0.down.weight"], first["layers.0.down.weight"])  # Shrink & Perturb
+    done = script(tmp_path, "--evaluate", str(run_dir / "model.pth"), "--eval-episodes", "1")
+    assert (done.returncode, done.stderr) == (0, "") and "Pong: mean return" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", "--from-scratch"),
+        ("--from-scratch --pretrained-path x", "one of them"),
+        ("--mode pretrain --collect-policy checkpoint", "--collect-model"),
+        ("--mode pretrain --video-dir nowhere", "--video-dir"),
+        ("--mode pretrain --video-dir .", "no observation_"),
+        ("--from-scratch --shrink-perturb-alpha 1.5", "--shrink-perturb-alpha"),
+        ("--mode pretrain --pretrain-length 1", "--pretrain-length"),
+    ],
+)
+def test_a_flag_that_makes_no_sense(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        ft.resolve(ft.tyro.cli(ft.Args, args=flags.split()))
+    assert exit_info.value.code in (1, 2)
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
