@@ -61,6 +61,7 @@ FRAME_STACK = 4
 GAMES = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
 MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
 CHECKPOINT_VERSION = 1  # to be raised when what a checkpoint holds changes
+RECORDED = ("observation_1_0.gz", "terminal_1_0.gz")  # videos of our own
 BLOCK_FRAMES = 20_000  # of a video in memory at a time: 141 MB
 
 
@@ -1298,15 +1299,13 @@ def save_gif(frames: list[np.ndarray], file: BinaryIO) -> None:
 
 def record(directory: Path, args: Args) -> None:
     """Play --collect-steps frames and write them as the DQN Replay dataset has them; nothing if they are there."""
-    names = ("observation_1_0.gz", "terminal_1_0.gz")
-    if all((directory / name).exists() for name in names):
+    if all((directory / name).exists() for name in RECORDED):
         return
-    directory.mkdir(exist_ok=True)
     envs = make_envs(args.env_id, 1, args.seed)
     num_actions, rng = int(envs.action_space.n), np.random.default_rng(args.seed)
     player = load_player(args.collect_model, num_actions) if args.collect_policy == "checkpoint" else None
     shapes = ((args.collect_steps, 84, 84), (args.collect_steps,))
-    temporaries = [directory / f"{name}.tmp" for name in names]
+    temporaries = [directory / f"{name}.tmp" for name in RECORDED]
     files = [gzip.open(path, "wb", compresslevel=1) for path in temporaries]  # noqa: SIM115
     for file, shape in zip(files, shapes, strict=True):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -1325,7 +1324,7 @@ def record(directory: Path, args: Args) -> None:
         if over:
             frames, _ = envs.reset()
             stack[:] = 0
-    for file, path, name in zip(files, temporaries, names, strict=True):
+    for file, path, name in zip(files, temporaries, RECORDED, strict=True):
         file.close()
         os.replace(path, directory / name)
 
@@ -1414,7 +1413,7 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     device, num_frames = torch.device(args.device), args.pretrain_length + FRAME_STACK - 1
     if not resumed:
         rewind_events(run_dir, {})
-        for name in ("result.json", "checkpoint.pth", "model.pth"):  # of an overwritten run
+        for name in ("result.json", "checkpoint.pth", "model.pth", *RECORDED):  # of an overwritten run
             (run_dir / name).unlink(missing_ok=True)
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -1437,7 +1436,7 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
         stop.hint = "; --resume continues the run"
     directory = args.video_dir
     if directory is None:
-        directory = run_dir / "video"
+        directory = run_dir
         record(directory, args)
     writer = SummaryWriter(str(run_dir))
     size = sum(w.numel() for w in network.backbone.parameters())
@@ -1473,8 +1472,14 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
         if checkpoint_due:
             counters.seconds = time.perf_counter() - start_time
             writer.flush()
-            save_checkpoint(checkpoint_path, flags, counters, generators, tensors)
-            stop.hint, checkpoint_time = "; --resume continues the run", time.perf_counter()
+            stop.obey(at_once=False)
+            try:
+                save_checkpoint(checkpoint_path, flags, counters, generators, tensors)
+                stop.hint = "; --resume continues the run"
+            except OSError as error:  # the one before stays, if there is one
+                print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
+            stop.obey(at_once=True)
+            checkpoint_time = time.perf_counter()
     writer.close()
     if counters.updates == 0:
         fail(f"{directory}: too few frames for a batch of {args.pretrain_batch_size} videos of {num_frames}", 1)
