@@ -57,6 +57,7 @@ class Args:
         "all"  # what to run
     )
     quick: bool = False  # few updates: does it work, not how fast is it
+    rounds: int = 5  # in each of them, all methods take a turn of 20 updates
     json: Path | None = None  # write the figures to this file too
 
 
@@ -474,6 +475,8 @@ def main(args: Args) -> None:
         atari_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
     if args.json is not None and not args.json.parent.is_dir():
         atari_script.fail(f"--json {args.json}: no such directory", 1)
+    if args.rounds < 1:
+        atari_script.fail(f"--rounds must be at least 1, not {args.rounds}", 2)
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # as the scripts do
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # as the scripts do
@@ -486,7 +489,7 @@ def main(args: Args) -> None:
         "python": platform.python_version(),
         "quick": args.quick,
     }
-    num_rounds, repeats = (1, 5) if args.quick else (5, 20)
+    num_rounds, repeats = (1, 5) if args.quick else (args.rounds, 20)
     for script, methods in SCRIPTS.items():
         if args.script not in ("all", script):
             continue

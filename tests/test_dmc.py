@@ -574,6 +574,19 @@ def test_no_reset_on_the_last_step(tmp_path, scripted):
         assert (result_of(args)["gradient_updates"], result_of(args)["resets"]) == (56, resets)
 
 
+def test_an_update_comes_before_its_steps_transition(tmp_path, scripted, monkeypatch):
+    """The first one at step learning_starts, on the transitions of the steps before."""
+    seen, original = [], dmc.ReplayBuffer.sample
+
+    def sample(self, batch_size, generator):
+        seen.append(int(self.valid.sum()))
+        return original(self, batch_size, generator)
+
+    monkeypatch.setattr(dmc.ReplayBuffer, "sample", sample)
+    scripted(make_args(run_dir=tmp_path, exp_name="x", total_timesteps=60, learning_starts=25, updates_per_step=2))
+    assert seen == [n for step in range(25, 31) for n in (step - 1, step - 1)]
+
+
 class ShortOrLong(ScriptedEnv):
     """Episode of seed s: rewards s, frames full of 10 * (s % 10) + step, and 2 + 3 * (s % 3) steps."""
 
