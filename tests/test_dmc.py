@@ -155,6 +155,15 @@ def test_same_padding_by_its_formula(size):
     assert conv(x).shape == (2, 3, out, out)
 
 
+@pytest.mark.parametrize("size", [16, 17, 31, 33, 84])
+def test_any_image_size_fits_the_networks(size):
+    args = make_args(image_size=size, frame_stack=2, crelu_scope="all")
+    critic = dmc.Critic(1, args)
+    features = critic.backbone(torch.zeros(1, 2, size, size))
+    assert features.shape == (1, dmc.num_features(args)) == (1, 2 * 256 * {16: 1, 17: 4, 31: 4, 33: 9, 84: 36}[size])
+    assert critic.head(features, torch.zeros(1, 1)).shape == (1, 2)
+
+
 def test_initial_weights():
     torch.manual_seed(0)
     args = make_args(image_size=64, hidden_dim=64)
