@@ -596,6 +596,26 @@ def test_an_update_comes_before_its_steps_transition(tmp_path, scripted, monkeyp
     assert seen == [n for step in range(25, 31) for n in (step - 1, step - 1)]
 
 
+@pytest.mark.parametrize("ended_by_the_task", [False, True])
+def test_only_the_tasks_own_end_ends_the_return(tmp_path, scripted, monkeypatch, ended_by_the_task):
+    """Episodes of 10 steps: a time limit is stored as no end at all."""
+    stored, add, step = [], dmc.ReplayBuffer.add, ScriptedEnv.step
+
+    def spy(self, action, reward, terminated, frame):
+        stored.append(bool(terminated))
+        add(self, action, reward, terminated, frame)
+
+    def swapped(self, action):
+        frame, reward, terminated, truncated, info = step(self, action)
+        return frame, reward, truncated, terminated, info
+
+    monkeypatch.setattr(dmc.ReplayBuffer, "add", spy)
+    if ended_by_the_task:
+        monkeypatch.setattr(ScriptedEnv, "step", swapped)
+    scripted(make_args(run_dir=tmp_path, exp_name="x", total_timesteps=80, learning_starts=35))
+    assert stored == [ended_by_the_task and n % 10 == 0 for n in range(1, 41)]
+
+
 class ShortOrLong(ScriptedEnv):
     """Episode of seed s: rewards s, frames full of 10 * (s % 10) + step, and 2 + 3 * (s % 3) steps."""
 
