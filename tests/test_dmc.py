@@ -616,6 +616,16 @@ def test_only_the_tasks_own_end_ends_the_return(tmp_path, scripted, monkeypatch,
     assert stored == [ended_by_the_task and n % 10 == 0 for n in range(1, 41)]
 
 
+def test_the_first_actions_are_uniform(tmp_path, scripted, monkeypatch):
+    actions, step = [], ScriptedEnv.step
+    monkeypatch.setattr(ScriptedEnv, "step", lambda self, action: actions.append(action) or step(self, action))
+    scripted(make_args(run_dir=tmp_path, exp_name="x", total_timesteps=1204, learning_starts=600))
+    first = np.array(actions[:600])
+    assert first.shape == (600, 2) and np.abs(first).max() <= 1
+    counts, _ = np.histogram(first, bins=4, range=(-1, 1))
+    assert np.abs(counts - 300).max() < 5 * 300**0.5
+
+
 class ShortOrLong(ScriptedEnv):
     """Episode of seed s: rewards s, frames full of 10 * (s % 10) + step, and 2 + 3 * (s % 3) steps."""
 
