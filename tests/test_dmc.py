@@ -626,6 +626,20 @@ def test_the_first_actions_are_uniform(tmp_path, scripted, monkeypatch):
     assert np.abs(counts - 300).max() < 5 * 300**0.5
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_no_finite_number_is_counted_and_taken_as_0(tmp_path, scripted, monkeypatch, value):
+    step = ScriptedEnv.step
+
+    def broken(self, action):
+        frame, reward, *rest = step(self, action)
+        return frame, value if self.step_number == 5 else reward, *rest
+
+    monkeypatch.setattr(ScriptedEnv, "step", broken)
+    scripted(args := make_args(run_dir=tmp_path, exp_name="x", total_timesteps=80))
+    result = result_of(args)
+    assert (result["nonfinite_rewards"], result["skipped_updates"]) == (4, 0)
+
+
 class ShortOrLong(ScriptedEnv):
     """Episode of seed s: rewards s, frames full of 10 * (s % 10) + step, and 2 + 3 * (s % 3) steps."""
 
