@@ -1303,7 +1303,7 @@ def record(directory: Path, args: Args) -> None:
         return
     envs = make_envs(args.env_id, 1, args.seed)
     num_actions, rng = int(envs.action_space.n), np.random.default_rng(args.seed)
-    player = load_player(args.collect_model, num_actions) if args.collect_policy == "checkpoint" else None
+    player = load_player(args.collect_model, args.env_id, num_actions) if args.collect_policy == "checkpoint" else None
     shapes = ((args.collect_steps, 84, 84), (args.collect_steps,))
     temporaries = [directory / f"{name}.tmp" for name in RECORDED]
     files = [gzip.open(path, "wb", compresslevel=1) for path in temporaries]  # noqa: SIM115
@@ -1353,12 +1353,14 @@ def make_backbone(args: Args) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def load_player(path: Path, num_actions: int) -> QNetwork:
+def load_player(path: Path, env_id: str, num_actions: int) -> QNetwork:
     """The network of a model that plastic_drq_rainbow_atari.py saved."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
             model = torch.load(path, map_location="cpu", weights_only=True)
         args = SimpleNamespace(**model["args"])
+        if args.env_id != env_id:
+            raise ValueError(args.env_id)
         player = QNetwork(make_backbone(args), num_actions, args)
         player.load_state_dict(model["target"])
     except OSError as error:
@@ -1413,7 +1415,8 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     device, num_frames = torch.device(args.device), args.pretrain_length + FRAME_STACK - 1
     if not resumed:
         rewind_events(run_dir, {})
-        for name in ("result.json", "checkpoint.pth", "model.pth", *RECORDED):  # of an overwritten run
+        videos = RECORDED if args.video_dir is None else ()  # those given by --video-dir may lie here, too
+        for name in ("result.json", "checkpoint.pth", "model.pth", *videos):  # of an overwritten run
             (run_dir / name).unlink(missing_ok=True)
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)

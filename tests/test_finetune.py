@@ -372,6 +372,16 @@ def test_a_continued_pretraining_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert {name: tuple(w.shape) for name, w in models[0].items()} == published_layout()
 
 
+def test_videos_that_lie_in_the_runs_directory_survive_overwrite(tmp_path):
+    run_dir = tmp_path / "Alien__x__1"
+    run_dir.mkdir()
+    write_video(run_dir, ft.RECORDED, 30)
+    before = [(run_dir / name).read_bytes() for name in ft.RECORDED]
+    flags = dict(mode="pretrain", from_scratch=False, video_dir=run_dir, run_dir=tmp_path, exp_name="x", overwrite=True)
+    ft.run(make_args(pretrain_epochs=1, pretrain_batch_size=2, pretrain_length=3, **flags), ft.Stop())
+    assert [(run_dir / name).read_bytes() for name in ft.RECORDED] == before
+
+
 def script(tmp_path, *flags):
     command = [sys.executable, str(SCRIPT), "--env-id", "Pong", "--device", "cpu", "--torch-threads", "1", *flags]
     return subprocess.run([*command, "--run-dir", str(tmp_path)], capture_output=True, text=True, timeout=300)
