@@ -554,7 +554,7 @@ agent.update(replay), agent.update(replay)
 envs = atari.make_envs("Alien", args.eval_episodes, 1)
 envs.reset()
 agent.act(torch.zeros((args.eval_episodes, 4, 84, 84), dtype=torch.uint8))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss is inherited
 print((peak - before) / atari.memory_needed(18, args))
 """
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
