@@ -1266,15 +1266,19 @@ def git_commit() -> str | None:
 def memory_needed(num_actions: int, args: Args) -> int:
     """Bytes that a run holds on its device at most, PyTorch itself aside: frames and weights, and about the rest."""
     with torch.device("meta"):  # shapes without memory
-        network = QNetwork(Backbone(), num_actions, args)
-    frame, num_copies = 84 * 84, 9 if args.sam_rho > 0 else 8  # weights, gradient, moments, target, SAM's, composed
-    replay = (args.buffer_size + FRAME_STACK) * (frame + 8 + 4 + 1 + 4)
-    weights = 4 * num_copies * sum(w.numel() for w in network.parameters())
-    # Of each transition: three float stacks, three of each convolution's outputs, the head's, and the projection's.
+        network = SimTPR() if args.mode == "pretrain" else QNetwork(Backbone(), num_actions, args)
+    parameters, frame = sum(w.numel() for w in network.parameters()), 84 * 84
+    # Of the convolutions of one stack of frames.
     outputs = 8 * 84**2 + (8 + 32 + 4 * 64) * 28**2 + (64 + 64 + 4 * 128) * 14**2 + (128 + 64 + 4 * 128) * 7**2
+    if args.mode == "pretrain":  # weights, gradient, moments; two views, each convolution's outputs three times
+        stacks = 2 * args.pretrain_batch_size * args.pretrain_length
+        return 4 * 4 * parameters + BLOCK_FRAMES * frame + 4 * stacks * (3 * outputs + 2 * FRAME_STACK * frame)
+    num_copies = 9 if args.sam_rho > 0 else 8  # weights, gradient, moments, target, SAM's backup, composed
+    replay = (args.buffer_size + FRAME_STACK) * (frame + 8 + 4 + 1 + 4)
+    # Of each transition: three float stacks, three of each convolution's outputs, the head's, and the projection's.
     head = 8 * args.hidden_dim + 4 * (num_actions + args.n_atoms) * args.n_atoms
     transitions = 4 * args.batch_size * (3 * FRAME_STACK * frame + 3 * outputs + head)
-    return replay + weights + transitions + 2**20 * args.eval_episodes
+    return replay + 4 * num_copies * parameters + transitions + 2**20 * args.eval_episodes
 
 
 def memory_available(device: torch.device) -> float:
@@ -1380,7 +1384,8 @@ def run(args: Args, stop: Stop) -> None:
     needed, available = memory_needed(num_actions, args) / 2**30, memory_available(torch.device(args.device)) / 2**30
     if needed > available and (args.overwrite or not result_path.exists()):
         sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
-        fail(f"needs {sizes}; lower --buffer-size, --batch-size, --hidden-dim, --n-atoms or --eval-episodes", 1)
+        larger = "--buffer-size, --batch-size, --hidden-dim, --n-atoms or --eval-episodes"
+        fail(f"needs {sizes}; lower {'--pretrain-batch-size' if args.mode == 'pretrain' else larger}", 1)
     with lock_directory(run_dir):
         if result_path.exists() and not args.overwrite:
             if not args.resume:
@@ -1759,7 +1764,7 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        fail("out of memory; lower --buffer-size, --batch-size, --hidden-dim or --n-atoms", 1)
+        fail("out of memory; lower --buffer-size, --batch-size, --pretrain-batch-size, --hidden-dim or --n-atoms", 1)
     except OSError as error:  # no permission, no space, no such directory
         fail(f"cannot write {error.filename or args.run_dir}: {error.strerror or error}", 1)
     finally:

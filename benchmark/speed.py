@@ -16,6 +16,10 @@ On CUDA these run eagerly: compare them by eager_update_ms.
 DrQ-SAC is measured on quadruped-run; its ms per interaction are those of one agent step: two of the simulation, and one
 frame, rendered as the suite does or fast. (quick: batches of 16.)
 
+On the pretrained encoder, base is also measured with the encoder run in each of the update's passes instead of once
+("each pass"), in PyTorch's default layout ("contiguous"), and with the encoder trained too ("not frozen"). Its weights
+are random here.
+
 The synthetic experiment trains its seeds side by side: its figures are for 1, 3, 10 and 30 seeds (quick: 1 and 3) and
 for a plain loop, one network with torch.optim.SGD. Its images are random here.
 
@@ -31,7 +35,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -45,6 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import plastic_drq_rainbow_atari as atari_script
 import plastic_drq_sac_dmc as dmc_script
+import plastic_pretrained_finetune as finetune_script
 import synth_cifar_plasticity as synth_script
 
 
@@ -53,9 +58,13 @@ class Args:
     """Time the scripts' updates by part."""
 
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
-    script: Literal["all", "plastic_drq_rainbow_atari.py", "plastic_drq_sac_dmc.py", "synth_cifar_plasticity.py"] = (
-        "all"  # what to run
-    )
+    script: Literal[
+        "all",
+        "plastic_drq_rainbow_atari.py",
+        "plastic_drq_sac_dmc.py",
+        "plastic_pretrained_finetune.py",
+        "synth_cifar_plasticity.py",
+    ] = "all"  # what to run
     quick: bool = False  # few updates: does it work, not how fast is it
     rounds: int = 5  # in each of them, all methods take a turn of 20 updates
     json: Path | None = None  # write the figures to this file too
@@ -77,6 +86,23 @@ class Subject:
     render: Callable[[], object] | None = None  # one frame, where that is not the emulator's own work
     env_steps: int = 0  # of a full run
     seeds: int = 1  # trained side by side
+
+
+def fill(replay, envs, num_steps: int) -> Callable[[], None]:
+    """Play num_steps random interactions into the replay buffer; return what plays one more."""
+    rng, num_actions = np.random.default_rng(0), int(envs.action_space.n)
+    frames, _ = envs.reset()
+    replay.start(frames[0, 0])
+
+    def env_step():
+        frames, rewards, terminated, truncated, _ = envs.step(rng.integers(num_actions, size=1).astype(np.int32))
+        if over := bool(terminated[0] or truncated[0]):
+            frames, _ = envs.reset()
+        replay.add(0, float(np.sign(rewards[0])), over, frames[0, 0])
+
+    for _ in range(num_steps):
+        env_step()
+    return env_step
 
 
 def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
@@ -114,21 +140,10 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         args = script.resolve(script.Args(device=device, **flags))
         generator = torch.Generator(device).manual_seed(0)
         envs = script.make_envs(args.env_id, 1, 0)
-        rng, num_actions = np.random.default_rng(0), int(envs.action_space.n)
         num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
-        agent = script.Agent(num_actions, num_updates, args, generator)
+        agent = script.Agent(int(envs.action_space.n), num_updates, args, generator)
         replay = script.ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device(device))
-        frames, _ = envs.reset()
-        replay.start(frames[0, 0])
-
-        def env_step():
-            frames, rewards, terminated, truncated, _ = envs.step(rng.integers(num_actions, size=1).astype(np.int32))
-            if over := bool(terminated[0] or truncated[0]):
-                frames, _ = envs.reset()
-            replay.add(0, float(np.sign(rewards[0])), over, frames[0, 0])
-
-        for _ in range(200 if quick else 20_000):
-            env_step()
+        env_step = fill(replay, envs, 200 if quick else 20_000)
         patches = vary(agent, variant)
         eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
         update, graph_act = eager_update, act
@@ -229,6 +244,60 @@ def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     return {name: lambda flags=flags: prepare(flags) for name, flags in methods.items()}
 
 
+def finetune(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
+    """plastic_pretrained_finetune.py: base, and SAM with Reset†; base also with choices made the other way."""
+    script = finetune_script
+
+    def prepare(flags: dict, variant: str | None) -> Subject:
+        args = script.resolve(script.Args(device=device, from_scratch=True, **flags))
+        generator = torch.Generator(device).manual_seed(0)
+        envs = script.make_envs(args.env_id, 1, 0)
+        num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
+        torch.manual_seed(0)
+        agent = script.Agent(script.Backbone(), int(envs.action_space.n), num_updates, args, generator)
+        replay = script.ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device(device))
+        env_step = fill(replay, envs, 200 if quick else 20_000)
+        patches = []
+        if variant == "each pass":
+            agent.args = replace(args, freeze_backbone=False)  # the encoder's weights take no gradient all the same
+        if variant == "contiguous":
+            for w in (*agent.online.backbone.parameters(), *agent.target.backbone.parameters()):
+                w.data = w.data.contiguous()
+            patches = [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
+        eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
+        update, graph_act = eager_update, act
+        if device == "cuda" and variant is None:
+            changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
+            update, graph_act = (script.capture(function, changing, (generator,)) for function in (eager_update, act))
+        return Subject(
+            update=update,
+            eager_update=eager_update,
+            act=lambda: int(graph_act()),
+            env_step=env_step,
+            parameters=sum(w.numel() for w in agent.parameters),
+            env_steps=args.total_timesteps,
+            updates=num_updates,
+            parts={
+                "sample": (script.ReplayBuffer, "sample"),
+                "augment": (script, "augment"),
+                "encoder": (script.Backbone, "forward"),
+                "head": (script.DuelingHead, "forward"),
+                "noise": (script.QNetwork, "sample_noise"),
+                "backward": (torch.Tensor, "backward"),
+                "clip": (torch.nn.utils, "clip_grad_norm_"),
+                "optimizer": (torch.optim.Adam, "step"),
+                "ema": (script, "move_target"),
+                "priorities": (script.ReplayBuffer, "update_priorities"),
+            },
+            patches=patches,
+        )
+
+    cases = {"base": ({}, None), "SAM, Reset†": (dict(sam_rho=0.1, reset_interval=40_000), None)}
+    cases |= {"base, each pass": ({}, "each pass"), "base, contiguous": ({}, "contiguous")}
+    cases |= {"base, not frozen": (dict(freeze_backbone=False), None)}
+    return {name: lambda case=case: prepare(*case) for name, case in cases.items()}
+
+
 def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     """synth_cifar_plasticity.py: base and SAM for several numbers of seeds, and one seed in a plain loop."""
     script = synth_script
@@ -300,6 +369,7 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
 SCRIPTS = {
     "plastic_drq_rainbow_atari.py": atari,
     "plastic_drq_sac_dmc.py": dmc,
+    "plastic_pretrained_finetune.py": finetune,
     "synth_cifar_plasticity.py": synth,
 }
 

@@ -68,7 +68,7 @@ def test_parts_are_attributed_to_the_outer_label_and_add_up(monkeypatch):
 def test_a_quick_run_writes_all_figures(tmp_path):
     path = tmp_path / "speed.json"
     command = [sys.executable, str(SPEED), "--device", "cpu", "--quick", "--json", str(path)]
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     figures = json.loads(path.read_text())
     assert figures["torch"] == torch.__version__
@@ -91,6 +91,13 @@ def test_a_quick_run_writes_all_figures(tmp_path):
         assert set(figure["parts_ms"]) == names
         hours = 1_000_000 * (figure["act_ms"] + figure["env_step_ms"]) + 999_001 * figure["update_ms"]
         assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
+    methods = figures["plastic_pretrained_finetune.py"]
+    assert list(methods) == ["base", "SAM, Reset†", *(f"base, {o}" for o in ("each pass", "contiguous", "not frozen"))]
+    for figure in methods.values():
+        parts = {"sample", "augment", "encoder", "head", "noise", "backward", "optimizer", "ema", "priorities", "other"}
+        assert set(figure["parts_ms"]) == parts | {"clip"}
+        hours = 100_000 * (figure["act_ms"] + figure["env_step_ms"]) + 196_002 * figure["update_ms"]
+        assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
     methods = figures["synth_cifar_plasticity.py"]
     cases = ("plain loop", "1 seeds", "3 seeds")
     assert list(methods) == [f"{method}, {case}" for method in ("base", "SAM") for case in cases]
@@ -101,10 +108,18 @@ def test_a_quick_run_writes_all_figures(tmp_path):
             assert set(figure["parts_ms"]) == {"batch", "forward", "backward", "sgd", "other"}
 
 
-def test_the_variants_compute_the_same_update(monkeypatch):
+VARIANTS = {
+    "atari": ["base, two products", "base, contiguous", "base, loop Adam", "base, plain", "PLASTIC, plain"],
+    "finetune": ["base, each pass", "base, contiguous"],
+}
+
+
+@pytest.mark.parametrize("script", VARIANTS)
+def test_the_variants_compute_the_same_update(monkeypatch, script):
     """One choice made the other way changes the time, not the numbers."""
     weights = {}
-    original = speed.atari_script.Agent
+    module = getattr(speed, f"{script}_script")
+    original = module.Agent
 
     class KeptAgent(original):
         def __init__(self, *args):
@@ -112,18 +127,15 @@ def test_the_variants_compute_the_same_update(monkeypatch):
             super().__init__(*args)
             KeptAgent.last = self
 
-    monkeypatch.setattr(speed.atari_script, "Agent", KeptAgent)
-    for name, prepare in speed.atari("cpu", quick=True).items():
+    monkeypatch.setattr(module, "Agent", KeptAgent)
+    for name, prepare in getattr(speed, script)("cpu", quick=True).items():
         subject = prepare()
         with speed.patched(subject):
             for _ in range(2):
                 subject.update()
         weights[name] = torch.cat([w.detach().flatten() for w in KeptAgent.last.parameters])
-    for method in ("base", "PLASTIC"):
-        variants = [name for name in weights if name.startswith(f"{method}, ")]
-        assert len(variants) == {"base": 4, "PLASTIC": 1}[method]
-        for name in variants:
-            torch.testing.assert_close(weights[name], weights[method], rtol=0, atol=1e-5)
+    for name in VARIANTS[script]:
+        torch.testing.assert_close(weights[name], weights[name.split(",")[0]], rtol=0, atol=1e-5)
 
 
 def test_a_missing_directory_is_said_before_anything_is_measured(tmp_path):

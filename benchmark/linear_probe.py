@@ -1,0 +1,125 @@
+"""What a linear readout finds in the features of a pretrained encoder, beside the same encoder before its pretraining.
+
+    python benchmark/linear_probe.py --env-id Pong --model runs/Pong__pretrain__1/model.pth
+
+A random policy plays 16 games' worth of frames, which the encoder was not trained on; the console's memory (EnvPool's
+info["ram"]) tells where ball and paddles were. A ridge regression from the features of a stack of frames to each of
+these is fitted on 10 environments, its penalty chosen on 2 more, and R^2 is that on the last 4; without a ball in play,
+nothing counts.
+For comparison: the encoder as its pretraining found it (the weights of its seed), and as many raw values, the stack in
+28x28 pixels.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import plastic_pretrained_finetune as script
+
+NUM_ENVS, TRAINING, VALIDATION = 16, range(10), range(10, 12)
+RAM = {  # bytes of the console's memory: Atari Annotated RAM Interface (Anand et al., 2019)
+    "Breakout": {"ball x": 99, "ball y": 101, "paddle x": 72},
+    "Pong": {"ball x": 49, "ball y": 54, "paddle y": 51, "opponent's paddle y": 50, "opponent's score": 13},
+}
+
+
+@dataclass
+class Args:
+    """Fit a linear readout of the game's state to an encoder's features."""
+
+    model: Path  # weights in SimTPR's layout, as --mode pretrain saves them
+    env_id: str = "Pong"  # game to play: Breakout or Pong
+    model_seed: int = 1  # seed of the model's pretraining
+    samples: int = 16_000  # stacks of frames, every fourth of those played
+    seed: int = 10_000  # seed of the environments and the actions
+    json: Path | None = None  # write the figures to this file too
+
+
+def play(env_id: str, samples: int, seed: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Stacks uint8 [n, 4, 84, 84] of random play, the state float [n, values], the environments' numbers [n].
+
+    Those without a ball in play, which its vertical position 0 tells, are left out: n is below `samples`.
+    """
+    envs = script.make_envs(env_id, NUM_ENVS, seed)
+    rng = np.random.default_rng(seed)
+    frames, _ = envs.reset()
+    stacks, rams = [], []
+    stack = np.zeros((NUM_ENVS, script.FRAME_STACK, 84, 84), np.uint8)
+    for step in range(4 * samples // NUM_ENVS):
+        actions = rng.integers(envs.action_space.n, size=NUM_ENVS).astype(np.int32)
+        frames, _, _, _, info = envs.step(actions)
+        new_game = info["elapsed_step"] == 0  # the step after a game's end gives the next one's first frame
+        stack[new_game] = 0
+        stack = np.concatenate([stack[:, 1:], frames], axis=1)
+        if step % 4 == 3:
+            stacks.append(stack)
+            rams.append(info["ram"])
+    ram = np.concatenate(rams)  # uint8 [samples, 128]
+    ball = ram[:, RAM[env_id]["ball y"]] > 0
+    numbers = np.tile(np.arange(NUM_ENVS), len(stacks))
+    state = ram[:, list(RAM[env_id].values())].astype(float)
+    return torch.from_numpy(np.concatenate(stacks)[ball]), state[ball], numbers[ball]
+
+
+@torch.no_grad()
+def encode(encoder: torch.nn.Module, stacks: Tensor) -> np.ndarray:
+    """Features, float64 [n, 3136]."""
+    encoder = encoder.eval().to(memory_format=torch.channels_last)
+    return torch.cat([encoder(script.to_images(part)) for part in stacks.split(500)]).double().numpy()
+
+
+def r_squared(features: np.ndarray, state: np.ndarray, envs: np.ndarray) -> np.ndarray:
+    """Share of the variance in the last environments that ridge regression explains: [n, D], [n, values] -> [values].
+
+    With the features' covariance diagonalised once, each penalty costs one division. Each value has its own.
+    """
+    training, validation = np.isin(envs, TRAINING), np.isin(envs, VALIDATION)
+    test = ~training & ~validation
+    x = (features - features[training].mean(0)) / (features[training].std(0) + 1e-6)
+    y = (state - state[training].mean(0)) / state[training].std(0)
+    eigenvalues, basis = np.linalg.eigh(x[training].T @ x[training])
+    projected = basis.T @ (x[training].T @ y[training])
+    weights = [basis @ (projected / (eigenvalues.clip(0) + penalty)[:, None]) for penalty in 10.0 ** np.arange(-1, 7)]
+    errors = [np.square(x[validation] @ w - y[validation]).mean(0) for w in weights]  # [penalties][values]
+    best = np.stack(weights)[np.argmin(errors, axis=0), :, np.arange(y.shape[1])].T
+    return 1 - np.square(x[test] @ best - y[test]).mean(0) / y[test].var(0)
+
+
+def main(args: Args) -> None:
+    """Print a row per value of the game's state, and write the figures where --json says."""
+    if args.env_id not in RAM:
+        script.fail(f"--env-id {args.env_id!r}: must be one of {', '.join(RAM)}", 2)
+    if args.samples < 10 * NUM_ENVS:
+        script.fail(f"--samples must be at least {10 * NUM_ENVS}, not {args.samples}", 2)
+    if args.json is not None and not args.json.parent.is_dir():
+        script.fail(f"--json {args.json}: no such directory", 1)
+    pretrained = script.Backbone()
+    pretrained.load_state_dict(script.load_pretrained(args.model))
+    torch.manual_seed(args.model_seed)  # the encoder is the first thing that pretraining makes
+    fresh = script.SimTPR().backbone
+    stacks, state, envs = play(args.env_id, args.samples, args.seed)
+    features = {
+        "pretrained": encode(pretrained, stacks),
+        "before pretraining": encode(fresh, stacks),
+        "pixels": F.avg_pool2d(stacks.float(), 3).flatten(1).double().numpy(),
+    }
+    columns = {kind: r_squared(x, state, envs) for kind, x in features.items()}
+    figures = {name: {kind: column[i] for kind, column in columns.items()} for i, name in enumerate(RAM[args.env_id])}
+    print(f"| R^2, {args.env_id} | " + " | ".join(features) + " |\n|" + "---|" * (1 + len(features)))
+    for name, row in figures.items():
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
+    if args.json is not None:
+        content = {"model": args.model.name, "env_id": args.env_id, "samples": len(state), "r_squared": figures}
+        script.write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
