@@ -404,15 +404,36 @@ def pretraining_loss(network: SimTPR, frames: Tensor, args: Args, generator: tor
     return prediction + args.barlow_weight * barlow_loss(one, other)
 
 
-def open_array(path: Path) -> tuple[BinaryIO, tuple[int, ...], np.dtype]:
-    """A gzip file that numpy.save wrote, past its header: the stream, the array's shape and type."""
-    file = gzip.open(path, "rb")  # noqa: SIM115
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not in version 1.0 of numpy's format")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran_order:
-        raise ValueError("in Fortran's order")
-    return file, shape, dtype
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Whatever is wrong with this file of a video ends the script with one line."""
+    try:
+        yield
+    except EOFError:
+        fail(f"{path}: ends too early", 1)
+    except (OSError, ValueError, zlib.error) as error:
+        fail(f"{path}: {error}", 1)
+
+
+def open_array(path: Path, frame_shape: tuple[int, ...]) -> tuple[BinaryIO, int]:
+    """A gzip file of bytes [n, *frame_shape] that numpy.save wrote: the stream past its header, and n."""
+    with errors_of(path):
+        file = gzip.open(path, "rb")  # noqa: SIM115
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not in version 1.0 of numpy's format")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        if shape[1:] != frame_shape or len(shape) == 0 or dtype not in (np.uint8, np.bool_) or fortran_order:
+            raise ValueError(f"holds {dtype} {list(shape)}, not uint8 {['n', *frame_shape]}".replace("'", ""))
+    return file, shape[0]
+
+
+def read_bytes(file: BinaryIO, path: Path, count: int) -> np.ndarray:
+    """The next `count` bytes, uint8 [count]."""
+    with errors_of(path):
+        content = file.read(count)
+        if len(content) < count:
+            raise EOFError
+    return np.frombuffer(content, np.uint8)
 
 
 def video_files(directory: Path) -> list[tuple[Path, Path]]:
@@ -427,42 +448,34 @@ def video_files(directory: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
+def count_frames(directory: Path) -> int:
+    """Number of frames in all files, by their headers; ends with one line where a file is not what it should be."""
+    total = 0
+    for observations, terminals in video_files(directory):
+        (file, num), (other_file, other_num) = open_array(observations, (84, 84)), open_array(terminals, ())
+        with file, other_file:
+            if num != other_num:
+                fail(f"{terminals}: holds {other_num} values, and its other half {num} frames", 1)
+        total += num
+    return total
+
+
 def read_videos(directory: Path, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks of frames uint8 [n, 84, 84] and terminals bool [n], n <= block, file after file; one block in memory.
 
-    Raises ValueError or EOFError, naming the file, where one is not what it should be or ends too early.
+    Ends with one line that names the file where one is damaged or ends too early.
     """
-    for observation_path, terminal_path in video_files(directory):
-        try:
-            path = observation_path
-            frames, shape, dtype = open_array(path)
-            if shape[1:] != (84, 84) or dtype != np.uint8:
-                raise ValueError(f"holds {dtype} {list(shape)}, not uint8 [n, 84, 84]")
-            path = terminal_path
-            terminals, terminal_shape, terminal_dtype = open_array(path)
-            if terminal_shape != shape[:1] or terminal_dtype.itemsize != 1:
-                raise ValueError(
-                    f"holds {terminal_dtype} {list(terminal_shape)}, not a byte for each of {shape[0]} frames"
-                )
-            for start in range(0, shape[0], block):
-                count = min(block, shape[0] - start)
-                path, some_frames = observation_path, frames.read(count * 84 * 84)
-                if len(some_frames) < count * 84 * 84:
-                    raise EOFError
-                path, some_terminals = terminal_path, terminals.read(count)
-                if len(some_terminals) < count:
-                    raise EOFError
-                pixels = np.frombuffer(some_frames, np.uint8).reshape(count, 84, 84)
-                yield pixels, np.frombuffer(some_terminals, np.uint8) != 0
-            for path, file in ((observation_path, frames), (terminal_path, terminals)):  # noqa: B007
-                if file.read(1):  # at its end, gzip checks the checksum
-                    raise ValueError("goes on after what its header says")
-        except EOFError:
-            raise EOFError(f"{path}: ends too early") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        except (OSError, zlib.error) as error:
-            raise ValueError(f"{path}: {error}") from None
+    for paths in video_files(directory):
+        (frames, num), (terminals, _) = open_array(paths[0], (84, 84)), open_array(paths[1], ())
+        with frames, terminals:
+            for start in range(0, num, block):
+                count = min(block, num - start)
+                pixels = read_bytes(frames, paths[0], count * 84 * 84).reshape(count, 84, 84)
+                yield pixels, read_bytes(terminals, paths[1], count) != 0
+            for path, file in zip(paths, (frames, terminals), strict=True):
+                with errors_of(path):
+                    if file.read(1):  # at its end, gzip checks the checksum
+                        raise ValueError("goes on after what its header says")
 
 
 def draw_videos(frames: np.ndarray, terminals: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -1310,27 +1323,31 @@ def record(directory: Path, args: Args) -> None:
     player = load_player(args.collect_model, args.env_id, num_actions) if args.collect_policy == "checkpoint" else None
     shapes = ((args.collect_steps, 84, 84), (args.collect_steps,))
     temporaries = [directory / f"{name}.tmp" for name in RECORDED]
-    files = [gzip.open(path, "wb", compresslevel=1) for path in temporaries]  # noqa: SIM115
-    for file, shape in zip(files, shapes, strict=True):
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    frames, _ = envs.reset()
-    stack = np.zeros((1, FRAME_STACK, 84, 84), np.uint8)
-    for _ in tqdm(range(args.collect_steps), desc="recording", unit="frame", disable=None):
-        stack = np.concatenate([stack[:, 1:], frames], axis=1)
-        action = int(rng.integers(num_actions))
-        if player is not None and rng.random() >= 0.01:
-            action = int(player.q_values(player(to_images(torch.from_numpy(stack)), noisy=False)).argmax())
-        pixels = frames.tobytes()
-        frames, _, terminated, truncated, _ = envs.step(np.array([action], dtype=np.int32))
-        over = bool(terminated[0] or truncated[0])
-        files[0].write(pixels)
-        files[1].write(bytes([over]))
-        if over:
+    try:
+        with gzip.open(temporaries[0], "wb", compresslevel=1) as pixels, gzip.open(temporaries[1], "wb") as terminals:
+            for file, shape in zip((pixels, terminals), shapes, strict=True):
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             frames, _ = envs.reset()
-            stack[:] = 0
-    for file, path, name in zip(files, temporaries, RECORDED, strict=True):
-        file.close()
-        os.replace(path, directory / name)
+            stack = np.zeros((1, FRAME_STACK, 84, 84), np.uint8)
+            for _ in tqdm(range(args.collect_steps), desc="recording", unit="frame", disable=None):
+                stack = np.concatenate([stack[:, 1:], frames], axis=1)
+                action = int(rng.integers(num_actions))
+                if player is not None and rng.random() >= 0.01:
+                    action = int(player.q_values(player(to_images(torch.from_numpy(stack)), noisy=False)).argmax())
+                pixels.write(frames.tobytes())
+                frames, _, terminated, truncated, _ = envs.step(np.array([action], dtype=np.int32))
+                over = bool(terminated[0] or truncated[0])
+                terminals.write(bytes([over]))
+                if over:
+                    frames, _ = envs.reset()
+                    stack[:] = 0
+        for path, name in zip(temporaries, RECORDED, strict=True):
+            os.replace(path, directory / name)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory / RECORDED[0])) from None
+    finally:
+        for path in temporaries:
+            path.unlink(missing_ok=True)
 
 
 class PixelLayerNorm(nn.LayerNorm):
@@ -1370,7 +1387,8 @@ def load_player(path: Path, env_id: str, num_actions: int) -> QNetwork:
     except OSError as error:
         fail(f"--collect-model {str(path)!r}: {error.strerror or error}", 1)
     except Exception:  # such a file can raise anything
-        fail(f"--collect-model {str(path)!r}: not a model of this game by plastic_drq_rainbow_atari.py", 1)
+        what = "not a model of this game by plastic_drq_rainbow_atari.py, with CReLU in the head at most"
+        fail(f"--collect-model {str(path)!r}: {what}", 1)
     return player.requires_grad_(False)
 
 
@@ -1446,15 +1464,19 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     if directory is None:
         directory = run_dir
         record(directory, args)
+    total_frames = count_frames(directory)
     writer = SummaryWriter(str(run_dir))
     size = sum(w.numel() for w in network.backbone.parameters())
-    print(f"{run_dir}: encoder of {size:,} parameters, videos of {directory}, on {device_name(args)}")
+    videos, memory = f"{total_frames:,} frames in {directory}", f"about {memory_needed(0, args) / 2**30:.1f} GiB"
+    print(f"{run_dir}: encoder of {size:,} parameters, {videos}, on {device_name(args)}, {memory}")
     start_time = checkpoint_time = time.perf_counter()
     start_time -= counters.seconds
     blocks = (block for _ in range(args.pretrain_epochs) for block in read_videos(directory, BLOCK_FRAMES))
     losses: list[Tensor] = []
+    progress = tqdm(total=args.pretrain_epochs * total_frames, desc="pretraining", unit="frame", disable=None)
     for number, (frames, terminals) in enumerate(blocks):
         if number < counters.step:  # done before a checkpoint
+            progress.update(len(frames))
             continue
         starts = draw_videos(frames, terminals, num_frames, np.random.default_rng([args.seed, number]))
         for first in range(0, len(starts) - args.pretrain_batch_size + 1, args.pretrain_batch_size):
@@ -1466,6 +1488,8 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
             optimizer.step()
             counters.updates += 1
             losses.append(loss.detach())
+            progress.update(index.size)
+        progress.update(len(frames) - len(losses) * args.pretrain_batch_size * num_frames)  # what made no batch
         counters.step += 1
         if losses:
             counters.loss = float(torch.stack(losses).mean())
@@ -1488,6 +1512,7 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
                 print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
             stop.obey(at_once=True)
             checkpoint_time = time.perf_counter()
+    progress.close()
     writer.close()
     if counters.updates == 0:
         fail(f"{directory}: too few frames for a batch of {args.pretrain_batch_size} videos of {num_frames}", 1)
@@ -1759,7 +1784,7 @@ if __name__ == "__main__":
             run(args, stop)
         else:
             evaluate_saved(args)
-    except (EOFError, FloatingPointError) as error:
+    except FloatingPointError as error:
         fail(f"{error}", 1)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -1,16 +1,20 @@
 """The pretrained encoder: its layout, loading, freezing, Reset†, its pretraining and videos, short real runs."""
 
+import contextlib
 import copy
 import gzip
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import plastic_drq_rainbow_atari as atari
 import plastic_pretrained_finetune as ft
 
 SCRIPT = Path(__file__).parent.parent / "plastic_pretrained_finetune.py"
@@ -319,11 +323,17 @@ def spoil(directory, kind):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "no gzip", "colour", "float", "short"])
-def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, kind):
+def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, kind, capsys):
     write_video(tmp_path, NAMES[0], 40)
     spoil(tmp_path, kind)
-    with pytest.raises((ValueError, EOFError), match=r"(observation|terminal)_1_3\.gz: "):
+    with pytest.raises(SystemExit) as exit_info:
+        assert ft.count_frames(tmp_path) == 40  # the header tells, or else the reading
         list(ft.read_videos(tmp_path, 16))
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 1 and error.count("\n") == 1
+    assert error.startswith(
+        f"error: {tmp_path}/{'terminal' if kind in ('no gzip', 'short') else 'observation'}_1_3.gz: "
+    )
 
 
 def test_videos_never_cross_an_episodes_end():
@@ -337,6 +347,78 @@ def test_videos_never_cross_an_episodes_end():
     expected = {s for s in range(193) if not terminals[s : s + 7].any()}
     assert seen == expected
     assert len(ft.draw_videos(frames[:5], terminals[:5], 8, np.random.default_rng(0))) == 0
+
+
+def player_file(path, env_id="Pong", **flags):
+    """A model of six actions as the Atari script saves it, and its network."""
+    args = atari.resolve(atari.Args(env_id=env_id, device="cpu", hidden_dim=8, n_atoms=5, **flags))
+    torch.manual_seed(0)
+    network = atari.QNetwork(6, args)
+    saved_args = json.loads(json.dumps(atari.asdict(args), default=str))
+    torch.save({"args": saved_args, "num_actions": 6, "target": network.state_dict()}, path)
+    return network
+
+
+@pytest.mark.parametrize("flags", [{}, dict(crelu=False, layer_norm=False), dict(layer_norm_scope="all")], ids=str)
+def test_a_player_plays_as_the_atari_scripts_network(tmp_path, flags):
+    network = player_file(tmp_path / "model.pth", **flags)
+    player = ft.load_player(tmp_path / "model.pth", "Pong", 6)
+    images = torch.rand(5, 4, 84, 84, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(player(images, noisy=False), network(images, noisy=False))
+
+
+@pytest.mark.parametrize("kind", ["missing", "another game", "no model", "CReLU everywhere"])
+def test_a_player_that_cannot_play(tmp_path, capsys, kind):
+    path = tmp_path / "model.pth"
+    if kind == "no model":
+        torch.save([1], path)
+    elif kind != "missing":
+        player_file(path, "Alien" if kind == "another game" else "Pong", crelu_scope="all")
+    with pytest.raises(SystemExit) as exit_info:
+        ft.load_player(path, "Pong", 6)
+    error = capsys.readouterr().err
+    assert (
+        exit_info.value.code == 1 and error.count("\n") == 1 and error.startswith(f"error: --collect-model '{path}': ")
+    )
+
+
+def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch):
+    """Frames in order, the last of a game marked, the first of the next one after it; the player sees the stack."""
+    num_frames, games = 30, []
+
+    class Envs:
+        action_space = type("Space", (), {"n": 6})()
+
+        def reset(self):
+            games.append(0)
+            return np.full((1, 1, 84, 84), 10 * len(games), np.uint8), {}
+
+        def step(self, action):
+            games[-1] += 1
+            frame = np.full((1, 1, 84, 84), 10 * len(games) + games[-1], np.uint8)
+            return frame, None, [games[-1] == 7], [False], {}
+
+    seen = []
+
+    class Player:
+        def __call__(self, images, noisy):
+            seen.append((images[0, :, 0, 0] * 255).round().int().tolist())
+            return torch.zeros(1, 6, 5)
+
+        def q_values(self, log_probs):
+            return torch.zeros(1, 6)
+
+    monkeypatch.setattr(ft, "make_envs", lambda *args: Envs())
+    monkeypatch.setattr(ft, "load_player", lambda *args: Player())
+    flags = dict(mode="pretrain", from_scratch=False, collect_policy="checkpoint", collect_model=tmp_path)
+    ft.record(tmp_path, make_args(collect_steps=num_frames, **flags))
+    ((frames, terminals),) = ft.read_videos(tmp_path, 100)
+    assert frames[:, 0, 0].tolist() == [10 * (1 + i // 7) + i % 7 for i in range(num_frames)]
+    assert np.flatnonzero(terminals).tolist() == [6, 13, 20, 27]
+    assert all((frame == frame[0, 0]).all() for frame in frames)
+    first = [[0, 0, 0, 10], [0, 0, 10, 11], [0, 10, 11, 12], [10, 11, 12, 13]]
+    assert seen[:4] == first and [0, 0, 0, 20] in seen and [0, 16, 0, 20] not in seen
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ft.RECORDED)
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
@@ -406,6 +488,154 @@ def test_a_short_pretraining_then_fine_tuning_on_pong(tmp_path):
     assert not torch.equal(weights["backbone.layers.0.down.weight"], first["layers.0.down.weight"])  # Shrink & Perturb
     done = script(tmp_path, "--evaluate", str(run_dir / "model.pth"), "--eval-episodes", "1")
     assert (done.returncode, done.stderr) == (0, "") and "Pong: mean return" in done.stdout
+
+
+PRETRAIN = "--mode pretrain --collect-steps 200 --pretrain-batch-size 2 --pretrain-length 2 --resume".split()
+
+
+def start(tmp_path, *flags, limit=None):
+    """The script as a process; `limit`: KiB that a file of its may have."""
+    command = [sys.executable, str(SCRIPT), "--env-id", "Pong", "--device", "cpu", "--torch-threads", "1", *flags]
+    command += ["--run-dir", str(tmp_path)]
+    if limit is not None:
+        command = ["bash", "-c", f'ulimit -f {limit}; trap "" XFSZ; exec "$@"', "bash", *command]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def started(condition, *args):
+    """The process of start(), once the condition holds."""
+    process, end = start(*args), time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_pretraining_that_is_killed_ends_as_one_that_is_not(tmp_path):
+    flags = [*PRETRAIN, "--collect-steps", "60", "--pretrain-epochs", "8", "--checkpoint-interval", "2"]
+    run_dir, models = tmp_path / "a" / "Pong__pretrain__1", []
+    with started((run_dir / "checkpoint.pth").exists, tmp_path / "a", *flags) as process:
+        process.kill()
+    assert not (run_dir / "result.json").exists()
+    for name in "ab":
+        _, error = (process := start(tmp_path / name, *flags)).communicate(timeout=300)
+        assert (process.returncode, error) == (0, "")
+        models.append(torch.load(tmp_path / name / "Pong__pretrain__1" / "model.pth", weights_only=True))
+    a, b = (model["model_state_dict"] for model in models)
+    assert json.loads((run_dir / "result.json").read_text())["resumed_at"] in ([2], [4], [6])
+    assert all(torch.equal(w, b[name]) for name, w in a.items())
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_the_recording_leaves_nothing(tmp_path, signum, code):
+    run_dir = tmp_path / "Pong__pretrain__1"
+    flags = [*PRETRAIN, "--collect-steps", "1000000"]
+    with started((run_dir / f"{ft.RECORDED[0]}.tmp").exists, tmp_path, *flags) as process:
+        process.send_signal(signum)
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (code, f"error: stopped by {signum.name}\n")
+    assert not run_dir.exists()
+
+
+def test_a_signal_during_pretraining_names_the_way_on(tmp_path):
+    run_dir = tmp_path / "Pong__pretrain__1"
+    flags = [*PRETRAIN, "--pretrain-epochs", "10000", "--checkpoint-interval", "1"]
+    with started((run_dir / "checkpoint.pth").exists, tmp_path, *flags) as process:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (143, "error: stopped by SIGTERM; --resume continues the run\n")
+
+
+def test_a_disk_that_is_full_during_the_recording_is_one_line(tmp_path):
+    process = start(tmp_path, *PRETRAIN, "--collect-steps", "100000", limit=100)
+    _, error = process.communicate(timeout=60)
+    path = tmp_path / "Pong__pretrain__1" / ft.RECORDED[0]
+    assert (process.returncode, error) == (1, f"error: cannot write {path}: File too large\n")
+    assert not path.parent.exists()
+
+
+def test_a_signal_during_fine_tuning_and_the_run_goes_on(tmp_path):
+    flags = "--from-scratch --learning-starts 20 --batch-size 4 --buffer-size 200 --hidden-dim 8 --n-atoms 5".split()
+    flags += "--total-timesteps 150 --eval-episodes 1 --log-interval 10 --resume".split()
+    run_dir = tmp_path / "Pong__finetune__1"
+
+    def logged():
+        return any(path.stat().st_size > 3000 for path in run_dir.glob("events*"))
+
+    with started(logged, tmp_path, *flags) as process:
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (143, "error: stopped by SIGTERM; --resume continues the run\n")
+    step = torch.load(run_dir / "checkpoint.pth", weights_only=True)["counters"]["step"]
+    _, error = (process := start(tmp_path, *flags)).communicate(timeout=300)
+    assert (process.returncode, error) == (0, "")
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["resumed_at"], result["gradient_updates"], result["env_steps"]) == ([step], 262, 150)
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import json, sys
+import numpy as np, torch
+import plastic_pretrained_finetune as ft
+peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+flags = json.loads(sys.argv[1])
+args = ft.resolve(ft.Args(device="cpu", **flags))
+torch.set_num_threads(1)
+torch.randn(64, 64) @ torch.randn(64, 64)
+before, generator = peak(), torch.Generator().manual_seed(0)
+if args.mode == "pretrain":
+    network = ft.SimTPR().to(memory_format=torch.channels_last)
+    optimizer, block = torch.optim.AdamW(network.parameters(), fused=True), np.ones((ft.BLOCK_FRAMES, 84, 84), np.uint8)
+    for _ in range(2):
+        videos = torch.from_numpy(block[: args.pretrain_batch_size * 14].reshape(-1, 14, 84, 84))
+        optimizer.zero_grad()
+        ft.pretraining_loss(network, videos, args, generator).backward()
+        optimizer.step()
+else:
+    agent = ft.Agent(ft.Backbone(), 18, 10, args, generator)
+    replay = ft.ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device("cpu"))
+    replay.frames.fill_(1)
+    for step in range(100):
+        replay.add(0, 0.0, step % 50 == 49, np.zeros((84, 84), np.uint8))
+    agent.update(replay), agent.update(replay)
+print((peak() - before) / ft.memory_needed(18, args))
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(mode="pretrain", pretrain_batch_size=8),
+        dict(mode="pretrain", pretrain_batch_size=32),
+        dict(from_scratch=True, buffer_size=50_000),
+        dict(from_scratch=True, buffer_size=50_000, batch_size=256, freeze_backbone=False, sam_rho=0.1),
+    ],
+    ids=str,
+)
+def test_the_memory_needed_is_about_what_a_run_takes(flags):
+    command = [sys.executable, "-c", PEAK, json.dumps(flags)]
+    done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 0.7 < float(done.stdout) < 1.3
+
+
+def test_a_pretraining_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ft, "memory_available", lambda device: 2**32)
+    with pytest.raises(SystemExit):
+        ft.run(make_args(mode="pretrain", from_scratch=False, run_dir=tmp_path, collect_steps=100), ft.Stop())
+    error = capsys.readouterr().err
+    assert "--pretrain-batch-size" in error and "GiB of memory, and cpu has 4.0 free" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
