@@ -1,4 +1,7 @@
-"""The captured update: what a CUDA graph needs of the code, checked on the CPU; its numbers, where there is CUDA."""
+"""The captured update: what a CUDA graph needs of the code, checked on the CPU; its numbers, where there is CUDA.
+
+Of plastic_drq_rainbow_atari.py, and of the same update on a pretrained encoder.
+"""
 
 import contextlib
 
@@ -8,20 +11,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import plastic_drq_rainbow_atari as atari
+import plastic_pretrained_finetune as finetune
 
 METHODS = {
     "base": dict(layer_norm=False, crelu=False, sam_rho=0.0),
     "dagger": dict(crelu=False, sam_rho=0.0),
     "plastic": {},
+    "frozen": dict(freeze_backbone=True),
+    "frozen, SAM": dict(freeze_backbone=True, sam_rho=0.1, shrink_perturb_anchor="pretrained"),
+    "not frozen": dict(freeze_backbone=False, sam_rho=0.1),
 }
 
 
 def make(device="cpu", **flags):
     """An agent and a filled buffer, the same ones at each call."""
-    flags = dict(hidden_dim=16, n_atoms=11, batch_size=4, buffer_size=300, shrink_perturb_alpha=0.6) | flags
-    args = atari.resolve(atari.Args(device=device, **flags))
+    sizes = dict(device=device, hidden_dim=16, n_atoms=11, batch_size=4, buffer_size=300, shrink_perturb_alpha=0.6)
+    generator = torch.Generator(device).manual_seed(0)
     torch.manual_seed(0)
-    agent = atari.Agent(3, 100, args, torch.Generator(device).manual_seed(0))
+    if "freeze_backbone" in flags:
+        args = finetune.resolve(finetune.Args(from_scratch=True, **sizes, **flags))
+        agent = finetune.Agent(finetune.Backbone(), 3, 100, args, generator)
+    else:
+        args = atari.resolve(atari.Args(**sizes, **flags))
+        agent = atari.Agent(3, 100, args, generator)
     replay = atari.ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device(device))
     rng = np.random.default_rng(0)
     frames = rng.integers(256, size=(401, 84, 84), dtype=np.uint8)

@@ -1,0 +1,73 @@
+"""The linear probe measures what it says."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
+import linear_probe
+
+ENVS = np.repeat(np.arange(16), 40)
+
+
+def test_r_squared_is_the_share_that_is_linear_in_the_features():
+    """Values that are linear, linear with as much noise, noise, and quadratic in the features."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(640, 5)) * [1, 10, 0.1, 1, 1] + 3
+    z = (features - 3) / [1, 10, 0.1, 1, 1]
+    linear = z @ [1.0, -2.0, 3.0, 0.0, 0.5]
+    noise = rng.normal(size=(2, 640))
+    state = np.stack([linear, linear + linear.std() * noise[0], noise[1], z[:, 0] ** 2], axis=1) * 7 + 100
+    result = linear_probe.r_squared(features, state, ENVS)
+    assert result[0] > 0.999
+    assert result[1] == pytest.approx(0.5, abs=0.1)
+    assert (result[2:] < 0.05).all()
+
+
+def test_r_squared_against_least_squares():
+    """With many samples for few features the penalty hardly counts; the fit sees the first ten environments alone."""
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(640, 5))
+    state = features @ rng.normal(size=(5, 2)) + rng.normal(size=(640, 2))
+    training, test = ENVS < 10, ENVS >= 12
+    state[~training] += 0.5 * features[~training, :1]
+    design = np.concatenate([features, np.ones((640, 1))], axis=1)
+    weights = np.linalg.lstsq(design[training], state[training], rcond=None)[0]
+    residual = state[test] - design[test] @ weights
+    expected = 1 - (residual**2).mean(0) / state[test].var(0)
+    assert linear_probe.r_squared(features, state, ENVS) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_stacks_and_the_state_belong_together():
+    """In Breakout, the bright pixels of the paddle's row move with the paddle's byte of memory."""
+    stacks, state, envs = linear_probe.play("Breakout", 320, 0)
+    assert stacks.shape == (len(state), 4, 84, 84) and len(envs) == len(state) <= 320
+    paddle_row = stacks[:, -1, 76, 6:78].float()  # between the walls, in the newest frame
+    seen = (paddle_row * torch.arange(72)).sum(1) / paddle_row.sum(1)
+    assert np.corrcoef(seen.numpy(), state[:, 2])[0, 1] > 0.98
+    assert (state[:, 1] > 0).all()
+
+
+def test_a_model_without_pretraining_is_no_better_than_before_it(tmp_path, capsys):
+    torch.manual_seed(1)
+    backbone = linear_probe.script.Backbone()
+    state = {f"backbone.{name}": w for name, w in backbone.state_dict().items()}
+    torch.save({"model_state_dict": state}, tmp_path / "model.pth")
+    args = linear_probe.Args(model=tmp_path / "model.pth", env_id="Breakout", samples=320, json=tmp_path / "probe.json")
+    linear_probe.main(args)
+    figures = json.loads((tmp_path / "probe.json").read_text())["r_squared"]
+    assert list(figures) == ["ball x", "ball y", "paddle x"]
+    assert all(row["pretrained"] == row["before pretraining"] for row in figures.values())
+    assert f"| paddle x | {figures['paddle x']['pretrained']:.3f} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [(dict(env_id="Alien"), "Breakout"), (dict(samples=10), "--samples")], ids=str)
+def test_bad_flags(flags, words, capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        linear_probe.main(linear_probe.Args(model=tmp_path / "no.pth", **flags))
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and words in error and error.count("\n") == 1
