@@ -1285,7 +1285,8 @@ def memory_needed(num_actions: int, args: Args) -> int:
     outputs = 8 * 84**2 + (8 + 32 + 4 * 64) * 28**2 + (64 + 64 + 4 * 128) * 14**2 + (128 + 64 + 4 * 128) * 7**2
     if args.mode == "pretrain":  # weights, gradient, moments; two views, each convolution's outputs three times
         stacks = 2 * args.pretrain_batch_size * args.pretrain_length
-        return 4 * 4 * parameters + BLOCK_FRAMES * frame + 4 * stacks * (3 * outputs + 2 * FRAME_STACK * frame)
+        blocks = 3 * BLOCK_FRAMES * frame  # this one, the next one while it is read, and gzip's copy of it
+        return 4 * 4 * parameters + blocks + 4 * stacks * (3 * outputs + 2 * FRAME_STACK * frame)
     num_copies = 9 if args.sam_rho > 0 else 8  # weights, gradient, moments, target, SAM's backup, composed
     replay = (args.buffer_size + FRAME_STACK) * (frame + 8 + 4 + 1 + 4)
     # Of each transition: three float stacks, three of each convolution's outputs, the head's, and the projection's.
