@@ -105,6 +105,7 @@ def test_readme_names_only_flags_that_exist():
         "--script",
         "--plot",
         "--rounds",
+        "--model",
     }  # of tyro, TensorBoard and benchmark/
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert flags - elsewhere <= fields
