@@ -16,9 +16,11 @@ plastic_drq_rainbow_atari.py.
     python plastic_pretrained_finetune.py --env-id Pong --pretrained-path runs/Pong__pretrain__1/model.pth \
         --exp-name sam_reset --sam-rho 0.1 --reset-interval 40000                       # SAM and Reset†
 
-Where it departs from the paper's text (README.md compares the paper, the authors' release and this file):
-- Reset† pulls the encoder towards fresh weights, as the paper says, which a frozen one forgets by; or towards the
-  pretrained ones.                                                                    --shrink-perturb-anchor
+Where it departs from the paper (README.md has the whole table):
+- The paper takes SimTPR's published encoder; here it is one that --mode pretrain made, on random play where no video is
+  given, or a published one.                                                           --pretrained-path
+- Reset† pulls the frozen encoder towards fresh weights, as the paper's text has it, and nothing trains it back; pulled
+  towards its pretrained weights, a frozen one stays as it is.                         --shrink-perturb-anchor
 """
 
 import copy
@@ -36,15 +38,15 @@ import sys
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, Literal, NamedTuple, NoReturn
-from zipfile import ZipFile
+from zipfile import ZipFile, is_zipfile
 
 import envpool
 import numpy as np
@@ -385,7 +387,7 @@ def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) 
 
     def standardise(z: Tensor) -> Tensor:
         z = F.normalize(z.flatten(0, 1), dim=1)
-        return (z - z.mean(0)) / (z.std(0) + 1e-6)
+        return (z - z.mean(0)) / (z.std(0, correction=0) + 1e-6)
 
     correlation = standardise(one).T @ standardise(other) / one[..., 0].numel()
     diagonal = correlation.diagonal()
@@ -404,27 +406,68 @@ def pretraining_loss(network: SimTPR, frames: Tensor, args: Args, generator: tor
     return prediction + args.barlow_weight * barlow_loss(one, other)
 
 
+def pretrain_update(
+    network: SimTPR, optimizer: torch.optim.AdamW, frames: Tensor, args: Args, generator: torch.Generator
+) -> Tensor:
+    """One gradient update on videos, uint8 [N, T + 3, 84, 84]; returns the loss."""
+    loss = pretraining_loss(network, frames, args, generator)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+    optimizer.step()
+    return loss.detach()
+
+
+# --- Videos -----------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def errors_of(path: Path) -> Iterator[None]:
     """Whatever is wrong with this file of a video ends the script with one line."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # about headers of Python 2
+            yield
     except EOFError:
         fail(f"{path}: ends too early", 1)
-    except (OSError, ValueError, zlib.error) as error:
-        fail(f"{path}: {error}", 1)
+    except Exception as error:  # such a file can raise anything
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else f"{error or repr(error)}"
+        fail(f"{path}: {problem[:300]}", 1)
 
 
 def open_array(path: Path, frame_shape: tuple[int, ...]) -> tuple[BinaryIO, int]:
     """A gzip file of bytes [n, *frame_shape] that numpy.save wrote: the stream past its header, and n."""
     with errors_of(path):
+        if not path.is_file():
+            raise ValueError("no file" if path.exists() else "No such file or directory")
         file = gzip.open(path, "rb")  # noqa: SIM115
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("not in version 1.0 of numpy's format")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        if shape[1:] != frame_shape or len(shape) == 0 or dtype not in (np.uint8, np.bool_) or fortran_order:
+        if fortran_order:
+            raise ValueError("in Fortran's order")
+        types = (np.uint8,) if frame_shape else (np.uint8, np.bool_)
+        if shape[1:] != frame_shape or min(shape, default=-1) < 0 or dtype not in types:
             raise ValueError(f"holds {dtype} {list(shape)}, not uint8 {['n', *frame_shape]}".replace("'", ""))
     return file, shape[0]
+
+
+def video_files(directory: Path) -> list[tuple[Path, Path]]:
+    """(observations, terminals) of each checkpoint: observation_<run>_<n>.gz, or $store$_observation_ckpt.<n>.gz."""
+    pattern = r"observation_\d+_\d+\.gz|\$store\$_observation_ckpt\.\d+\.gz"
+    observations = sorted(path for path in directory.iterdir() if re.fullmatch(pattern, path.name))
+    return [(path, path.with_name(path.name.replace("observation", "terminal"))) for path in observations]
+
+
+def count_frames(files: list[tuple[Path, Path]]) -> int:
+    """Number of frames in all files, by their headers; ends with one line where a file is not what it should be."""
+    total = 0
+    for observations, terminals in files:
+        (file, num), (other_file, other_num) = open_array(observations, (84, 84)), open_array(terminals, ())
+        with file, other_file:
+            if num != other_num:
+                fail(f"{terminals}: holds {other_num} values, and its other half {num} frames", 1)
+        total += num
+    return total
 
 
 def read_bytes(file: BinaryIO, path: Path, count: int) -> np.ndarray:
@@ -436,46 +479,33 @@ def read_bytes(file: BinaryIO, path: Path, count: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8)
 
 
-def video_files(directory: Path) -> list[tuple[Path, Path]]:
-    """(observations, terminals) of each checkpoint: observation_<run>_<n>.gz, or $store$_observation_ckpt.<n>.gz."""
-    pairs = []
-    for path in sorted(directory.iterdir()):
-        terminal = path.with_name(path.name.replace("observation", "terminal"))
-        if re.fullmatch(r"observation_\d+_\d+\.gz|\$store\$_observation_ckpt\.\d+\.gz", path.name):
-            if not terminal.exists():
-                raise FileNotFoundError(2, "No such file (an observation file's other half)", str(terminal))
-            pairs.append((path, terminal))
-    return pairs
-
-
-def count_frames(directory: Path) -> int:
-    """Number of frames in all files, by their headers; ends with one line where a file is not what it should be."""
-    total = 0
-    for observations, terminals in video_files(directory):
-        (file, num), (other_file, other_num) = open_array(observations, (84, 84)), open_array(terminals, ())
-        with file, other_file:
-            if num != other_num:
-                fail(f"{terminals}: holds {other_num} values, and its other half {num} frames", 1)
-        total += num
-    return total
-
-
-def read_videos(directory: Path, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of frames uint8 [n, 84, 84] and terminals bool [n], n <= block, file after file; one block in memory.
+def read_file(paths: tuple[Path, Path], block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of frames uint8 [n, 84, 84] and terminals bool [n], n <= block, of one file; a block's last is terminal.
 
     Ends with one line that names the file where one is damaged or ends too early.
     """
-    for paths in video_files(directory):
-        (frames, num), (terminals, _) = open_array(paths[0], (84, 84)), open_array(paths[1], ())
-        with frames, terminals:
-            for start in range(0, num, block):
-                count = min(block, num - start)
-                pixels = read_bytes(frames, paths[0], count * 84 * 84).reshape(count, 84, 84)
-                yield pixels, read_bytes(terminals, paths[1], count) != 0
-            for path, file in zip(paths, (frames, terminals), strict=True):
-                with errors_of(path):
-                    if file.read(1):  # at its end, gzip checks the checksum
-                        raise ValueError("goes on after what its header says")
+    (frames, num), (terminals, _) = open_array(paths[0], (84, 84)), open_array(paths[1], ())
+    with frames, terminals:
+        for start in range(0, num, block):
+            count = min(block, num - start)
+            pixels = read_bytes(frames, paths[0], count * 84 * 84).reshape(count, 84, 84)
+            ends = read_bytes(terminals, paths[1], count) != 0
+            ends[-1] = True  # what comes next in memory is another file's
+            yield pixels, ends
+        for path, file in zip(paths, (frames, terminals), strict=True):
+            with errors_of(path):
+                if file.read(1):  # at its end, gzip checks the checksum
+                    raise ValueError("goes on after what its header says")
+
+
+def read_videos(files: list[tuple[Path, Path]], block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of at most `block` frames, uint8 [n, 84, 84], and terminals, bool [n]; each takes some of every file.
+
+    So no file's frames are the last ones that the network and its BatchNorm see.
+    """
+    for pieces in zip_longest(*(read_file(paths, max(block // len(files), 1)) for paths in files)):
+        frames, ends = zip(*filter(None, pieces), strict=True)
+        yield np.concatenate(frames), np.concatenate(ends)
 
 
 def draw_videos(frames: np.ndarray, terminals: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -484,6 +514,90 @@ def draw_videos(frames: np.ndarray, terminals: np.ndarray, length: int, rng: np.
     starts = np.arange(max(len(frames) - length + 1, 0))
     inside = starts[ends[starts + length - 1] == ends[starts]]  # the last frame may be an episode's last
     return rng.permutation(inside)[: len(frames) // length] if len(inside) else inside
+
+
+class PixelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1, as released)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def make_backbone(args: Args) -> nn.Sequential:
+    """Three convolutions: images [B, 4, 84, 84] -> features [B, 3136], or [B, 6272] with CReLU in scope `all`."""
+    crelu = args.crelu and args.crelu_scope == "all"
+    layers: list[nn.Module] = []
+    in_channels = FRAME_STACK
+    for channels, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+        layers.append(nn.Conv2d(in_channels, channels, kernel, stride))
+        if args.layer_norm:
+            layers.append(PixelLayerNorm(channels))
+        layers.append(CReLU() if crelu else nn.ReLU())
+        in_channels = channels * (2 if crelu else 1)
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def load_player(path: Path, env_id: str) -> QNetwork:
+    """The network of a model that plastic_drq_rainbow_atari.py saved."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+            if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
+                raise ValueError
+            model = torch.load(path, map_location="cpu", weights_only=True)
+        args = SimpleNamespace(**model["args"])
+        player = QNetwork(make_backbone(args), int(make_envs(env_id, 1, 0).action_space.n), args)
+        player.load_state_dict(model["target"])
+        if args.env_id != env_id or not all(w.isfinite().all() for w in player.state_dict().values()):
+            raise ValueError
+    except OSError as error:
+        fail(f"--collect-model {str(path)!r}: {error.strerror or error}", 1)
+    except Exception as error:  # such a file can raise anything
+        if out_of_memory(error):
+            raise
+        what = "not a model of this game by plastic_drq_rainbow_atari.py, with CReLU in the head at most"
+        fail(f"--collect-model {str(path)!r}: {what}", 1)
+    return player.requires_grad_(False)
+
+
+def record(directory: Path, player: QNetwork | None, args: Args) -> None:
+    """Play --collect-steps frames and write them as the DQN Replay dataset has them.
+
+    Random play, or that of a given network with 1% random actions, which has its lives and stacks as in an evaluation.
+    """
+    envs, rng = make_envs(args.env_id, 1, args.seed), np.random.default_rng(args.seed)
+    num_actions = int(envs.action_space.n)
+    shapes = ((args.collect_steps, 84, 84), (args.collect_steps,))
+    temporaries = [directory / f"{name}.tmp" for name in RECORDED]
+    try:
+        with gzip.open(temporaries[0], "wb", compresslevel=1) as pixels, gzip.open(temporaries[1], "wb") as terminals:
+            for file, shape in zip((pixels, terminals), shapes, strict=True):
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            frames, info = envs.reset()
+            stack, lives = np.zeros((1, FRAME_STACK, 84, 84), np.uint8), info["lives"][0]
+            for _ in tqdm(range(args.collect_steps), desc="recording", unit="frame", disable=None):
+                stack = np.concatenate([stack[:, 1:], frames], axis=1)
+                action = int(rng.integers(num_actions))
+                if player is not None and rng.random() >= 0.01:
+                    action = int(player.q_values(player(to_images(torch.from_numpy(stack)), noisy=False)).argmax())
+                pixels.write(frames.tobytes())
+                frames, _, terminated, truncated, info = envs.step(np.array([action], dtype=np.int32))
+                over = bool(terminated[0] or truncated[0])
+                terminals.write(bytes([over]))
+                if over:
+                    frames, info = envs.reset()
+                if over or 0 < info["lives"][0] < lives:
+                    stack[:] = 0
+                lives = info["lives"][0]
+        for path, name in zip(temporaries, RECORDED, strict=True):
+            os.replace(path, directory / name)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory / RECORDED[0])) from None
+    finally:
+        for path in temporaries:
+            path.unlink(missing_ok=True)
 
 
 # --- Replay -----------------------------------------------------------------------------------------------------------
@@ -979,7 +1093,6 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Gene
 # Flags that may differ when a run is continued; --total-timesteps may grow.
 MAY_CHANGE = set(
     "run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite evaluate eval_interval "
-    "pretrained_path video_dir collect_model "
     "metrics_interval log_interval capture_video save_model track wandb_project_name wandb_entity".split()
 )
 
@@ -1022,6 +1135,7 @@ class Counters:
     updates: int = 0
     resets: int = 0
     nonfinite_rewards: int = 0  # taken as 0
+    frames: int = 0  # of the videos, in pretraining
     loss: float = 0.0  # of pretraining, over the last block
     seconds: float = 0.0
     measuring_seconds: float = 0.0  # of them in evaluations and metrics, which do not count as training
@@ -1156,28 +1270,33 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, own: dict[str, Te
 
 def load_pretrained(path: Path) -> dict[str, Tensor]:
     """State of a Backbone from a file in SimTPR's published layout; ends with one line that names all that is wrong."""
+    where = f"--pretrained-path {str(path)!r}"
+    ours = Backbone().eval()
+    shapes = {name: tuple(w.shape) for name, w in ours.state_dict().items()}
     try:
         with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+            if is_zipfile(path) and ZipFile(path).testzip() is not None:  # torch.load checks no checksums
+                raise ValueError
             model = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
         state = {name.removeprefix("backbone."): w for name, w in model.items() if name.startswith("backbone.")}
-        shapes = {name: tuple(w.shape) for name, w in state.items()}
-        finite = all(bool(w.isfinite().all()) for w in state.values())
+        wrong = [f"missing {name}" for name in shapes if name not in state]
+        wrong += [f"extra {name!r:.80}" for name in state if name not in shapes]
+        for name, w in state.items():
+            if name in shapes and tuple(w.shape) != shapes[name]:
+                wrong.append(f"{name} is {tuple(w.shape)}, not {shapes[name]}")
+            elif not w.is_floating_point() and not name.endswith("num_batches_tracked"):
+                wrong.append(f"{name} is {w.dtype}".replace("torch.", ""))
+        if not wrong:
+            ours.load_state_dict(state)
+            values = [*ours.state_dict().values(), ours(torch.ones(1, FRAME_STACK, 84, 84))]
+            wrong = [] if all(w.isfinite().all() for w in values) else ["weights or features are not finite"]
     except OSError as error:
-        fail(f"--pretrained-path {str(path)!r}: {error.strerror or error}", 1)
-    except Exception as error:  # such a file can raise anything
-        if out_of_memory(error):
-            raise
-        fail(f"--pretrained-path {str(path)!r}: not a file of weights with a model_state_dict", 1)
-    ours = {name: tuple(w.shape) for name, w in Backbone().state_dict().items()}
-    wrong = [f"missing {name}" for name in ours if name not in shapes]
-    wrong += [f"extra {name}" for name in shapes if name not in ours]
-    wrong += [
-        f"{name} is {shapes[name]}, not {ours[name]}" for name in ours if shapes.get(name, ours[name]) != ours[name]
-    ]
-    wrong += [] if finite else ["weights that are not finite"]
+        fail(f"{where}: {error.strerror or error}", 1)
+    except Exception:  # such a file can raise anything
+        fail(f"{where}: not a file of weights with a model_state_dict", 1)
     if wrong:
-        fail(f"--pretrained-path {str(path)!r}: not SimTPR's encoder: {'; '.join(wrong)}", 1)
-    return state
+        fail(f"{where}: not SimTPR's encoder: {'; '.join(wrong[:200])}", 1)
+    return ours.state_dict()
 
 
 # --- Run --------------------------------------------------------------------------------------------------------------
@@ -1241,21 +1360,30 @@ def resolve(args: Args) -> Args:
     if args.mode == "finetune" and args.evaluate is None and (args.pretrained_path is None) != args.from_scratch:
         ways = "download SimTPR's published weights, or make some with --mode pretrain; or pass --from-scratch"
         fail(f"--pretrained-path FILE or --from-scratch, one of them: {ways}", 2)
-    if args.mode == "pretrain" and (args.collect_policy == "checkpoint") != (args.collect_model is not None):
+    if (args.collect_policy == "checkpoint") != (args.collect_model is not None):
         fail("--collect-policy checkpoint and --collect-model FILE go together", 2)
+    if args.video_dir is not None and args.collect_model is not None:
+        fail("--video-dir and --collect-model: videos are read or recorded, pass one of them", 2)
+    others = ("pretrained_path", "from_scratch") if args.mode == "pretrain" else ("video_dir", "collect_model")
+    for name in others:
+        if getattr(args, name) and args.evaluate is None:
+            flag, mode = name.replace("_", "-"), "finetune" if args.mode == "pretrain" else "pretrain"
+            fail(f"--{flag} is of --mode {mode}", 2)
     if args.video_dir is not None:
         try:
             found = video_files(args.video_dir)
         except OSError as error:
-            fail(f"--video-dir {str(args.video_dir)!r}: {error.strerror or error} {error.filename or ''}", 1)
+            fail(f"--video-dir {str(args.video_dir)!r}: {error.strerror or error}", 1)
         if not found:
-            fail(f"--video-dir {str(args.video_dir)!r}: no observation_<run>_<checkpoint>.gz there", 1)
+            names = "observation_<run>_<n>.gz or $store$_observation_ckpt.<n>.gz"
+            fail(f"--video-dir {str(args.video_dir)!r}: no {names} there", 1)
     if args.resume and args.overwrite:
         fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
     if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
-    if not str(args.run_dir).isprintable():
-        fail(f"--run-dir {str(args.run_dir)!r}: must be printable", 2)
+    for name in ("run_dir", "pretrained_path", "video_dir", "collect_model"):
+        if not str(getattr(args, name)).isprintable():
+            fail(f"--{name.replace('_', '-')} {str(getattr(args, name))!r}: must be printable", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
     if args.track and find_spec("wandb") is None:
@@ -1281,17 +1409,16 @@ def memory_needed(num_actions: int, args: Args) -> int:
     with torch.device("meta"):  # shapes without memory
         network = SimTPR() if args.mode == "pretrain" else QNetwork(Backbone(), num_actions, args)
     parameters, frame = sum(w.numel() for w in network.parameters()), 84 * 84
-    # Of the convolutions of one stack of frames.
-    outputs = 8 * 84**2 + (8 + 32 + 4 * 64) * 28**2 + (64 + 64 + 4 * 128) * 14**2 + (128 + 64 + 4 * 128) * 7**2
-    if args.mode == "pretrain":  # weights, gradient, moments; two views, each convolution's outputs three times
+    outputs = 646_016  # of the encoder's convolutions, of one stack
+    if args.mode == "pretrain":  # weights, gradient, moments; of two views what autograd keeps, and what passes by
         stacks = 2 * args.pretrain_batch_size * args.pretrain_length
         blocks = 3 * BLOCK_FRAMES * frame  # this one, the next one while it is read, and gzip's copy of it
-        return 4 * 4 * parameters + blocks + 4 * stacks * (3 * outputs + 2 * FRAME_STACK * frame)
+        return 4 * 4 * parameters + blocks + 4 * stacks * (5 * outputs // 2 + 2 * FRAME_STACK * frame)
     num_copies = 9 if args.sam_rho > 0 else 8  # weights, gradient, moments, target, SAM's backup, composed
     replay = (args.buffer_size + FRAME_STACK) * (frame + 8 + 4 + 1 + 4)
-    # Of each transition: three float stacks, three of each convolution's outputs, the head's, and the projection's.
+    # Of each transition: three float stacks, 2.5 times the encoder's outputs, the head's, and the projection's.
     head = 8 * args.hidden_dim + 4 * (num_actions + args.n_atoms) * args.n_atoms
-    transitions = 4 * args.batch_size * (3 * FRAME_STACK * frame + 3 * outputs + head)
+    transitions = 4 * args.batch_size * (3 * FRAME_STACK * frame + 5 * outputs // 2 + head)
     return replay + 4 * num_copies * parameters + transitions + 2**20 * args.eval_episodes
 
 
@@ -1315,90 +1442,11 @@ def save_gif(frames: list[np.ndarray], file: BinaryIO) -> None:
     first.save(file, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
 
 
-def record(directory: Path, args: Args) -> None:
-    """Play --collect-steps frames and write them as the DQN Replay dataset has them; nothing if they are there."""
-    if all((directory / name).exists() for name in RECORDED):
-        return
-    envs = make_envs(args.env_id, 1, args.seed)
-    num_actions, rng = int(envs.action_space.n), np.random.default_rng(args.seed)
-    player = load_player(args.collect_model, args.env_id, num_actions) if args.collect_policy == "checkpoint" else None
-    shapes = ((args.collect_steps, 84, 84), (args.collect_steps,))
-    temporaries = [directory / f"{name}.tmp" for name in RECORDED]
-    try:
-        with gzip.open(temporaries[0], "wb", compresslevel=1) as pixels, gzip.open(temporaries[1], "wb") as terminals:
-            for file, shape in zip((pixels, terminals), shapes, strict=True):
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            frames, _ = envs.reset()
-            stack = np.zeros((1, FRAME_STACK, 84, 84), np.uint8)
-            for _ in tqdm(range(args.collect_steps), desc="recording", unit="frame", disable=None):
-                stack = np.concatenate([stack[:, 1:], frames], axis=1)
-                action = int(rng.integers(num_actions))
-                if player is not None and rng.random() >= 0.01:
-                    action = int(player.q_values(player(to_images(torch.from_numpy(stack)), noisy=False)).argmax())
-                pixels.write(frames.tobytes())
-                frames, _, terminated, truncated, _ = envs.step(np.array([action], dtype=np.int32))
-                over = bool(terminated[0] or truncated[0])
-                terminals.write(bytes([over]))
-                if over:
-                    frames, _ = envs.reset()
-                    stack[:] = 0
-        for path, name in zip(temporaries, RECORDED, strict=True):
-            os.replace(path, directory / name)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(directory / RECORDED[0])) from None
-    finally:
-        for path in temporaries:
-            path.unlink(missing_ok=True)
-
-
-class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1, as released)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def make_backbone(args: Args) -> nn.Sequential:
-    """Three convolutions: images [B, 4, 84, 84] -> features [B, 3136], or [B, 6272] with CReLU in scope `all`."""
-    crelu = args.crelu and args.crelu_scope == "all"
-    layers: list[nn.Module] = []
-    in_channels = FRAME_STACK
-    for channels, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-        layers.append(nn.Conv2d(in_channels, channels, kernel, stride))
-        if args.layer_norm:
-            layers.append(PixelLayerNorm(channels))
-        layers.append(CReLU() if crelu else nn.ReLU())
-        in_channels = channels * (2 if crelu else 1)
-    return nn.Sequential(*layers, nn.Flatten())
-
-
-def load_player(path: Path, env_id: str, num_actions: int) -> QNetwork:
-    """The network of a model that plastic_drq_rainbow_atari.py saved."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
-            model = torch.load(path, map_location="cpu", weights_only=True)
-        args = SimpleNamespace(**model["args"])
-        if args.env_id != env_id:
-            raise ValueError(args.env_id)
-        player = QNetwork(make_backbone(args), num_actions, args)
-        player.load_state_dict(model["target"])
-    except OSError as error:
-        fail(f"--collect-model {str(path)!r}: {error.strerror or error}", 1)
-    except Exception:  # such a file can raise anything
-        what = "not a model of this game by plastic_drq_rainbow_atari.py, with CReLU in the head at most"
-        fail(f"--collect-model {str(path)!r}: {what}", 1)
-    return player.requires_grad_(False)
-
-
 def run(args: Args, stop: Stop) -> None:
     """Begin a run or continue it, alone in its directory; leave a finished one as it is."""
     run_dir = args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     flags = json.loads(json.dumps(asdict(args), default=str))  # as result.json gives them back
-    pretrained = load_pretrained(args.pretrained_path) if args.mode == "finetune" and args.pretrained_path else None
     num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
     needed, available = memory_needed(num_actions, args) / 2**30, memory_available(torch.device(args.device)) / 2**30
     if needed > available and (args.overwrite or not result_path.exists()):
@@ -1414,17 +1462,29 @@ def run(args: Args, stop: Stop) -> None:
             except Exception:  # such a file can raise anything
                 fail(f"{result_path}: not a result that this script wrote; move it away or pass --overwrite", 1)
             compare_flags(flags, saved, result_path)
+            if args.mode == "pretrain" and not (run_dir / "model.pth").exists():
+                fail(f"{run_dir} holds a finished run without its model.pth; pass --overwrite to make it anew", 1)
             print(f"{run_dir}: finished already")
             checkpoint_path.unlink(missing_ok=True)  # the run may have been killed before it could
             return
         resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
             fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
-        if not resumed and not args.overwrite and any((run_dir / name).exists() for name in ("model.pth", "video.gif")):
+        results = ("model.pth", "video.gif")
+        if args.mode == "pretrain" and args.video_dir is None and not args.resume:
+            results += RECORDED
+        if not resumed and not args.overwrite and any((run_dir / name).exists() for name in results):
             fail(f"{run_dir} holds a model or video without its result; move it away or pass --overwrite", 1)
+        for name in ("pretrained_path", "collect_model"):
+            path = getattr(args, name)
+            if args.overwrite and path is not None and path.resolve().parent == run_dir.resolve():
+                fail(
+                    f"--{name.replace('_', '-')} {path} lies in the directory that --overwrite empties; move it away", 1
+                )
         if args.mode == "pretrain":
             pretrain(run_dir, args, flags, resumed, stop)
         else:
+            pretrained = load_pretrained(args.pretrained_path) if args.pretrained_path and not resumed else None
             train(run_dir, args, flags, num_actions, pretrained, resumed, stop)
 
 
@@ -1437,95 +1497,115 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     """SimTPR's pretraining on videos, from seeding or the checkpoint to model.pth and result.json."""
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     device, num_frames = torch.device(args.device), args.pretrain_length + FRAME_STACK - 1
-    if not resumed:
-        rewind_events(run_dir, {})
-        videos = RECORDED if args.video_dir is None else ()  # those given by --video-dir may lie here, too
-        for name in ("result.json", "checkpoint.pth", "model.pth", *videos):  # of an overwritten run
-            (run_dir / name).unlink(missing_ok=True)
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     network = SimTPR().to(device, memory_format=torch.channels_last)
-    parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, lr=args.pretrain_learning_rate, betas=(0.9, 0.95), eps=1.5e-4, weight_decay=1e-5, fused=True
+        network.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1.5e-4, weight_decay=1e-5, fused=True
     )
-    for w in parameters:  # Adam makes its state in its first step: take one that changes nothing
+    for w in network.parameters():  # Adam makes its state in its first step: take one that changes nothing
         w.grad = torch.zeros_like(w)
     optimizer.step()
     clear_adam(optimizer)
+    optimizer.param_groups[0]["lr"] = args.pretrain_learning_rate
     tensors = network.state_dict()
     for i, state in enumerate(optimizer.state.values()):
         tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
-    generators = {"torch": torch.default_generator, "augmentation": generator}
+    generators = {"augmentation": generator}
     counters = load_checkpoint(checkpoint_path, flags, generators, tensors) if resumed else Counters()
     if resumed:
         counters.resumed_at.append(counters.step)
         stop.hint = "; --resume continues the run"
-    directory = args.video_dir
-    if directory is None:
-        directory = run_dir
-        record(directory, args)
-    total_frames = count_frames(directory)
+
+    recorded = args.resume and all((run_dir / name).exists() for name in RECORDED)
+    if args.video_dir is None and not recorded:
+        player = None if args.collect_model is None else load_player(args.collect_model, args.env_id)
+        record(run_dir, player, args)
+    directory = args.video_dir or run_dir
+    files = video_files(directory)
+    frames_there = count_frames(files)
+    expected = counters.frames or (frames_there if args.video_dir else args.collect_steps)
+    if frames_there != expected:
+        fail(f"{directory}: holds videos of {frames_there:,} frames, not {expected:,}; pass --overwrite", 1)
+    counters.frames = frames_there
+    too_few = f"{directory}: too few frames for --pretrain-batch-size {args.pretrain_batch_size} videos of {num_frames}"
+    if frames_there < args.pretrain_batch_size * num_frames:
+        fail(too_few, 1)
+    if not resumed:  # all that is needed is there: what is left of an overwritten run can go
+        for name in ("result.json", "checkpoint.pth", "model.pth"):
+            (run_dir / name).unlink(missing_ok=True)
+        rewind_events(run_dir, {})
+    for name in ("result.json", "checkpoint.pth", "model.pth"):
+        (run_dir / f"{name}.tmp").unlink(missing_ok=True)
+
     writer = SummaryWriter(str(run_dir))
     size = sum(w.numel() for w in network.backbone.parameters())
-    videos, memory = f"{total_frames:,} frames in {directory}", f"about {memory_needed(0, args) / 2**30:.1f} GiB"
+    videos, memory = f"{frames_there:,} frames in {directory}", f"about {memory_needed(0, args) / 2**30:.1f} GiB"
     print(f"{run_dir}: encoder of {size:,} parameters, {videos}, on {device_name(args)}, {memory}")
     start_time = checkpoint_time = time.perf_counter()
     start_time -= counters.seconds
-    blocks = (block for _ in range(args.pretrain_epochs) for block in read_videos(directory, BLOCK_FRAMES))
-    losses: list[Tensor] = []
-    progress = tqdm(total=args.pretrain_epochs * total_frames, desc="pretraining", unit="frame", disable=None)
+
+    def checkpoint() -> None:
+        counters.seconds = time.perf_counter() - start_time
+        writer.flush()
+        stop.obey(at_once=False)
+        try:
+            save_checkpoint(checkpoint_path, flags, counters, generators, tensors)
+            stop.hint = "; --resume continues the run"
+        except OSError as error:  # the one before stays, if there is one
+            print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
+        stop.obey(at_once=True)
+
+    blocks = (block for _ in range(args.pretrain_epochs) for block in read_videos(files, BLOCK_FRAMES))
+    progress = tqdm(total=args.pretrain_epochs * frames_there, desc="pretraining", unit="frame", disable=None)
     for number, (frames, terminals) in enumerate(blocks):
         if number < counters.step:  # done before a checkpoint
             progress.update(len(frames))
             continue
         starts = draw_videos(frames, terminals, num_frames, np.random.default_rng([args.seed, number]))
+        losses: list[Tensor] = []
         for first in range(0, len(starts) - args.pretrain_batch_size + 1, args.pretrain_batch_size):
             index = starts[first : first + args.pretrain_batch_size, None] + np.arange(num_frames)
-            loss = pretraining_loss(network, torch.from_numpy(frames[index]).to(device), args, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 0.5)
-            optimizer.step()
-            counters.updates += 1
-            losses.append(loss.detach())
+            videos = torch.from_numpy(frames[index]).to(device)
+            losses.append(pretrain_update(network, optimizer, videos, args, generator))
             progress.update(index.size)
         progress.update(len(frames) - len(losses) * args.pretrain_batch_size * num_frames)  # what made no batch
         counters.step += 1
+        counters.updates += len(losses)
         if losses:
             counters.loss = float(torch.stack(losses).mean())
             if not math.isfinite(counters.loss):
                 fail(f"stopped at block {number}: the loss is not finite; lower --pretrain-learning-rate", 1)
             writer.add_scalar("losses/pretraining", counters.loss, counters.updates)
-            losses = []
         if args.checkpoint_interval == "auto":
             checkpoint_due = time.perf_counter() - checkpoint_time >= 300
         else:
             checkpoint_due = due(args.checkpoint_interval, counters.step)
         if checkpoint_due:
-            counters.seconds = time.perf_counter() - start_time
-            writer.flush()
-            stop.obey(at_once=False)
-            try:
-                save_checkpoint(checkpoint_path, flags, counters, generators, tensors)
-                stop.hint = "; --resume continues the run"
-            except OSError as error:  # the one before stays, if there is one
-                print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
-            stop.obey(at_once=True)
+            checkpoint()
             checkpoint_time = time.perf_counter()
     progress.close()
-    writer.close()
     if counters.updates == 0:
-        fail(f"{directory}: too few frames for a batch of {args.pretrain_batch_size} videos of {num_frames}", 1)
-    state = {f"backbone.{name}": w.cpu() for name, w in network.backbone.state_dict().items()}
+        fail(f"{too_few}, none of them across an episode's end", 1)
+    encoder = Backbone()
+    encoder.load_state_dict(network.backbone.state_dict())
+    values = [*encoder.state_dict().values(), encoder.eval()(torch.ones(1, FRAME_STACK, 84, 84))]
+    if not all(w.isfinite().all() for w in values):
+        fail("stopped at the end: weights or features are not finite; lower --pretrain-learning-rate", 1)
+    if args.checkpoint_interval != 0:
+        checkpoint()  # so that nothing is lost if the files below find no space
+    writer.close()
+    stop.obey(at_once=False)
+    state = {f"backbone.{name}": w for name, w in encoder.state_dict().items()}
     write_atomically(run_dir / "model.pth", lambda file: torch.save({"model_state_dict": state}, file))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__}
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id, "seed": args.seed,
-        "args": flags, "blocks": counters.step, "gradient_updates": counters.updates, "final_loss": counters.loss,
-        "resumed_at": counters.resumed_at, "wall_clock_seconds": time.perf_counter() - start_time,
-        "device": device_name(args), "versions": versions, "git_commit": git_commit(),
+        "args": flags, "frames": counters.frames, "blocks": counters.step, "gradient_updates": counters.updates,
+        "final_loss": counters.loss, "resumed_at": counters.resumed_at,
+        "wall_clock_seconds": time.perf_counter() - start_time, "device": device_name(args), "versions": versions,
+        "git_commit": git_commit(),
     }
     # fmt: on
     write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))

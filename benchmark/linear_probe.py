@@ -6,10 +6,12 @@ A random policy plays 16 games' worth of frames, which the encoder was not train
 info["ram"]) tells where ball and paddles were. A ridge regression from the features of a stack of frames to each of
 these is fitted on 10 environments, its penalty chosen on 2 more, and R^2 is that on the last 4; without a ball in play,
 nothing counts.
-For comparison: the encoder as its pretraining found it (the weights of its seed), and as many raw values, the stack in
-28x28 pixels.
+For comparison: the encoder as its pretraining found it (the weights of its seed; its residual blocks give nothing yet,
+so that it is linear); the same with blocks that give something (the last BatchNorm of each with scale 1, all with the
+statistics of these frames); and as many raw values, the stack in 28x28 pixels.
 """
 
+import copy
 import json
 import sys
 from dataclasses import dataclass
@@ -76,6 +78,18 @@ def encode(encoder: torch.nn.Module, stacks: Tensor) -> np.ndarray:
     return torch.cat([encoder(script.to_images(part)) for part in stacks.split(500)]).double().numpy()
 
 
+@torch.no_grad()
+def random_blocks(encoder: torch.nn.Module, stacks: Tensor) -> torch.nn.Module:
+    """The same untrained encoder, not linear: scales of 1, and BatchNorm's statistics those of about 2,000 stacks."""
+    encoder = copy.deepcopy(encoder).train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+            torch.nn.init.ones_(module.weight)
+    encoder(script.to_images(stacks[:: max(len(stacks) // 2000, 1)]))
+    return encoder
+
+
 def r_squared(features: np.ndarray, state: np.ndarray, envs: np.ndarray) -> np.ndarray:
     """Share of the variance in the last environments that ridge regression explains: [n, D], [n, values] -> [values].
 
@@ -109,6 +123,7 @@ def main(args: Args) -> None:
     features = {
         "pretrained": encode(pretrained, stacks),
         "before pretraining": encode(fresh, stacks),
+        "random blocks": encode(random_blocks(fresh, stacks), stacks),
         "pixels": F.avg_pool2d(stacks.float(), 3).flatten(1).double().numpy(),
     }
     columns = {kind: r_squared(x, state, envs) for kind, x in features.items()}

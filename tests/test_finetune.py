@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -127,16 +128,26 @@ def remove_and_rename(state):
 def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path, capsys):
     files = {
         saved(tmp_path / "keys.pth", ft.Backbone(), remove_and_rename): (
-            "missing layers.2.layers.3.weight", "extra layers.9.down.bias", "(32, 4, 2, 2), not (32, 4, 3, 3)",
+            "missing layers.2.layers.3.weight", "extra 'layers.9.down.bias'", "(32, 4, 2, 2), not (32, 4, 3, 3)",
         ),
         saved(tmp_path / "nan.pth", ft.Backbone(), lambda s: s["backbone.layers.0.down.bias"].fill_(torch.nan)): (
             "not finite",
         ),
+        saved(tmp_path / "variance.pth", ft.Backbone(), lambda s: s["backbone.layers.0.layers.1.running_var"].neg_()): (
+            "features are not finite",
+        ),
+        saved(tmp_path / "double.pth", ft.Backbone(), lambda s: s.update(
+            {"backbone.layers.0.down.bias": torch.full((32,), 1e300, dtype=torch.float64)})): ("not finite",),
+        saved(tmp_path / "int.pth", ft.Backbone(), lambda s: s.update(
+            {"backbone.layers.0.down.bias": torch.zeros(32, dtype=torch.int32)})): ("layers.0.down.bias is int32",),
         tmp_path / "none.pth": ("No such file",),
     }  # fmt: skip
     (tmp_path / "text.pth").write_text("weights")
     torch.save([1], tmp_path / "list.pth")
-    files |= {tmp_path / f"{name}.pth": ("not a file of weights",) for name in ("text", "list")}
+    data = bytearray(saved(tmp_path / "flipped.pth", ft.Backbone()).read_bytes())
+    data[100_000:100_400] = bytes(400)
+    (tmp_path / "flipped.pth").write_bytes(data)
+    files |= {tmp_path / f"{name}.pth": ("not a file of weights",) for name in ("text", "list", "flipped")}
     for path, words in files.items():
         with pytest.raises(SystemExit) as exit_info:
             ft.load_pretrained(path)
@@ -228,7 +239,7 @@ def test_the_losses_against_slow_ones():
     columns = []
     for z in (one, other):
         rows = np.array([row / np.linalg.norm(row) for row in z.reshape(15, 6).numpy()])
-        columns.append((rows - rows.mean(0)) / rows.std(0, ddof=1))
+        columns.append((rows - rows.mean(0)) / rows.std(0))
     slow = 0.0
     for i in range(6):
         for j in range(6):
@@ -296,43 +307,73 @@ def write_video(directory, names, num, seed=0):
     return arrays
 
 
-def test_videos_are_read_block_by_block(tmp_path):
+def test_videos_are_read_block_by_block_of_every_file(tmp_path):
+    """Of two files with 25 and 40 frames, 8 of each at a time; what is read together ends as an episode does."""
     (tmp_path / "reward_1_3.gz").write_bytes(b"not read")
     arrays = [write_video(tmp_path, names, num, seed=num) for names, num in zip(reversed(NAMES), (25, 40), strict=True)]
-    blocks = list(ft.read_videos(tmp_path, 16))
-    assert [len(frames) for frames, _ in blocks] == [16, 9, 16, 16, 8]
-    assert np.array_equal(np.concatenate([frames for frames, _ in blocks]), np.concatenate([a[0] for a in arrays]))
-    assert np.array_equal(np.concatenate([ends for _, ends in blocks]), np.concatenate([a[1] for a in arrays]) == 1)
+    files = ft.video_files(tmp_path)
+    assert ft.count_frames(files) == 65
+    blocks = list(ft.read_videos(files, 16))
+    assert [len(frames) for frames, _ in blocks] == [16, 16, 16, 9, 8]
+    for k, (frames, ends) in enumerate(blocks):
+        parts = [(array[8 * k : 8 * k + 8], last[8 * k : 8 * k + 8].copy()) for array, last in arrays]
+        for _, last in parts:
+            last[-1:] = 1
+        assert np.array_equal(frames, np.concatenate([array for array, _ in parts]))
+        assert np.array_equal(ends, np.concatenate([last for _, last in parts]) == 1)
 
 
-def spoil(directory, kind):
-    frames, terminals = (directory / name for name in NAMES[0])
-    if kind == "truncated":
-        frames.write_bytes(frames.read_bytes()[:-1000])
-    elif kind == "flipped":
-        data = bytearray(frames.read_bytes())
-        data[5000:5100] = bytes(100)
-        frames.write_bytes(data)
-    elif kind == "no gzip":
-        terminals.write_bytes(b"plain")
-    else:
-        array = {"colour": np.zeros((40, 84, 84, 3), np.uint8), "float": np.zeros((40, 84, 84), np.float32)}
-        array |= {"short": np.zeros((39, 84, 84), np.uint8)}
-        with gzip.open(frames, "wb") as file:
-            np.save(file, array[kind])
+def with_header(path, header):
+    """A file of numpy's with this text as its header."""
+    with gzip.open(path, "wb") as file:
+        file.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
 
 
-@pytest.mark.parametrize("kind", ["truncated", "flipped", "no gzip", "colour", "float", "short"])
+def with_array(path, array):
+    with gzip.open(path, "wb") as file:
+        np.save(file, array)
+
+
+SHAPE = "'fortran_order': False, 'shape': (40, 84, 84)"
+SPOILT = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:5000] + bytes(100) + path.read_bytes()[5100:]),
+    "no gzip": lambda path: path.write_bytes(b"plain"),
+    "missing": lambda path: path.unlink(),
+    "directory": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "long": lambda path: path.write_bytes(path.read_bytes() + gzip.compress(b"more")),
+    "brace": lambda path: with_header(path, "{"),
+    "descr": lambda path: with_header(path, "{'descr': (), " + SHAPE + "}"),
+    "negative": lambda path: with_header(path, "{'descr': '|u1', " + SHAPE.replace("40", "-40") + "}"),
+    "colour": lambda path: with_array(path, np.zeros((40, 84, 84, 3), np.uint8)),
+    "float": lambda path: with_array(path, np.zeros((40, 84, 84), np.float32)),
+    "bool": lambda path: with_array(path, np.zeros((40, 84, 84), bool)),
+    "Fortran": lambda path: with_array(path, np.zeros((84, 84, 40), np.uint8).T),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
 def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, kind, capsys):
     write_video(tmp_path, NAMES[0], 40)
-    spoil(tmp_path, kind)
+    files = ft.video_files(tmp_path)
+    SPOILT[kind](tmp_path / NAMES[0][0])
     with pytest.raises(SystemExit) as exit_info:
-        assert ft.count_frames(tmp_path) == 40  # the header tells, or else the reading
-        list(ft.read_videos(tmp_path, 16))
+        assert ft.count_frames(files) == 40  # the header tells, or else the reading
+        list(ft.read_videos(files, 16))
     error = capsys.readouterr().err
     assert exit_info.value.code == 1 and error.count("\n") == 1
-    assert error.startswith(
-        f"error: {tmp_path}/{'terminal' if kind in ('no gzip', 'short') else 'observation'}_1_3.gz: "
+    assert error.startswith(f"error: {tmp_path}/observation_1_3.gz: ") and len(error) < 500
+    assert ("Fortran" in error) == (kind == "Fortran")
+
+
+def test_halves_that_do_not_belong_together(tmp_path, capsys):
+    write_video(tmp_path, NAMES[0], 40)
+    with_array(tmp_path / "terminal_1_3.gz", np.zeros(39, bool))
+    with pytest.raises(SystemExit):
+        ft.count_frames(ft.video_files(tmp_path))
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path}/terminal_1_3.gz: holds 39 values, and its other half 40 frames\n"
     )
 
 
@@ -362,7 +403,7 @@ def player_file(path, env_id="Pong", **flags):
 @pytest.mark.parametrize("flags", [{}, dict(crelu=False, layer_norm=False), dict(layer_norm_scope="all")], ids=str)
 def test_a_player_plays_as_the_atari_scripts_network(tmp_path, flags):
     network = player_file(tmp_path / "model.pth", **flags)
-    player = ft.load_player(tmp_path / "model.pth", "Pong", 6)
+    player = ft.load_player(tmp_path / "model.pth", "Pong")
     images = torch.rand(5, 4, 84, 84, generator=torch.Generator().manual_seed(1))
     assert torch.equal(player(images, noisy=False), network(images, noisy=False))
 
@@ -375,7 +416,7 @@ def test_a_player_that_cannot_play(tmp_path, capsys, kind):
     elif kind != "missing":
         player_file(path, "Alien" if kind == "another game" else "Pong", crelu_scope="all")
     with pytest.raises(SystemExit) as exit_info:
-        ft.load_player(path, "Pong", 6)
+        ft.load_player(path, "Pong")
     error = capsys.readouterr().err
     assert (
         exit_info.value.code == 1 and error.count("\n") == 1 and error.startswith(f"error: --collect-model '{path}': ")
@@ -383,7 +424,7 @@ def test_a_player_that_cannot_play(tmp_path, capsys, kind):
 
 
 def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch):
-    """Frames in order, the last of a game marked, the first of the next one after it; the player sees the stack."""
+    """Frames in order, the last of a game marked, the first of the next one after it; the player sees its own stack."""
     num_frames, games = 30, []
 
     class Envs:
@@ -391,12 +432,12 @@ def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch):
 
         def reset(self):
             games.append(0)
-            return np.full((1, 1, 84, 84), 10 * len(games), np.uint8), {}
+            return np.full((1, 1, 84, 84), 10 * len(games), np.uint8), {"lives": [3]}
 
         def step(self, action):
             games[-1] += 1
             frame = np.full((1, 1, 84, 84), 10 * len(games) + games[-1], np.uint8)
-            return frame, None, [games[-1] == 7], [False], {}
+            return frame, None, [games[-1] == 7], [False], {"lives": [3 - (games[-1] >= 5)]}
 
     seen = []
 
@@ -409,15 +450,13 @@ def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch):
             return torch.zeros(1, 6)
 
     monkeypatch.setattr(ft, "make_envs", lambda *args: Envs())
-    monkeypatch.setattr(ft, "load_player", lambda *args: Player())
-    flags = dict(mode="pretrain", from_scratch=False, collect_policy="checkpoint", collect_model=tmp_path)
-    ft.record(tmp_path, make_args(collect_steps=num_frames, **flags))
-    ((frames, terminals),) = ft.read_videos(tmp_path, 100)
+    ft.record(tmp_path, Player(), make_args(mode="pretrain", from_scratch=False, collect_steps=num_frames))
+    ((frames, terminals),) = ft.read_videos(ft.video_files(tmp_path), 100)
     assert frames[:, 0, 0].tolist() == [10 * (1 + i // 7) + i % 7 for i in range(num_frames)]
-    assert np.flatnonzero(terminals).tolist() == [6, 13, 20, 27]
+    assert np.flatnonzero(terminals).tolist() == [6, 13, 20, 27, 29]  # and the last of a block
     assert all((frame == frame[0, 0]).all() for frame in frames)
     first = [[0, 0, 0, 10], [0, 0, 10, 11], [0, 10, 11, 12], [10, 11, 12, 13]]
-    assert seen[:4] == first and [0, 0, 0, 20] in seen and [0, 16, 0, 20] not in seen
+    assert seen[:4] == first and [0, 0, 0, 20] in seen and [0, 0, 0, 15] in seen  # a new game, a lost life
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ft.RECORDED)
 
 
@@ -488,6 +527,100 @@ def test_a_short_pretraining_then_fine_tuning_on_pong(tmp_path):
     assert not torch.equal(weights["backbone.layers.0.down.weight"], first["layers.0.down.weight"])  # Shrink & Perturb
     done = script(tmp_path, "--evaluate", str(run_dir / "model.pth"), "--eval-episodes", "1")
     assert (done.returncode, done.stderr) == (0, "") and "Pong: mean return" in done.stdout
+
+
+def snapshot(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(collect_policy="checkpoint", collect_model="nowhere"), "--collect-model"),
+        (dict(video_dir="spoilt"), "observation_1_3.gz: "),
+        (dict(collect_steps=5), "--pretrain-batch-size"),
+        (dict(collect_policy="checkpoint", collect_model="runs/Pong__x__1/model.pth"), "--overwrite empties"),
+    ],
+    ids=str,
+)
+def test_an_overwrite_that_cannot_begin_loses_nothing(tmp_path, flags, words, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spoilt").mkdir()
+    write_video(tmp_path / "spoilt", NAMES[0], 40)
+    (tmp_path / "spoilt" / NAMES[0][0]).write_bytes(b"")
+    own = dict(mode="pretrain", env_id="Pong", from_scratch=False, run_dir=Path("runs"), exp_name="x")
+    own |= dict(pretrain_epochs=1, pretrain_batch_size=2, pretrain_length=3)
+    ft.run(make_args(collect_steps=60, **own), ft.Stop())
+    before = snapshot(Path("runs/Pong__x__1"))
+    paths = {name: Path(value) for name, value in flags.items() if name in ("video_dir", "collect_model")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        ft.run(make_args(overwrite=True, **own | flags | paths), ft.Stop())
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 1 and words in error and error.count("\n") == 1
+    after = snapshot(Path("runs/Pong__x__1"))
+    if "collect_steps" in flags:  # the recording itself is replaced
+        before, after = ({k: v for k, v in files.items() if k not in ft.RECORDED} for files in (before, after))
+    assert before == after
+
+
+def test_a_fine_tuning_does_not_overwrite_its_own_encoder(tmp_path, capsys):
+    (tmp_path / "Pong__x__1").mkdir()
+    path = saved(tmp_path / "Pong__x__1" / "model.pth", ft.Backbone())
+    flags = dict(env_id="Pong", exp_name="x", run_dir=tmp_path, pretrained_path=path, from_scratch=False)
+    with pytest.raises(SystemExit):
+        ft.run(make_args(overwrite=True, **flags), ft.Stop())
+    assert "--overwrite empties" in capsys.readouterr().err and path.exists()
+
+
+def test_videos_of_ones_own_in_the_runs_directory_are_kept(tmp_path, capsys):
+    run_dir = tmp_path / "Pong__x__1"
+    run_dir.mkdir()
+    write_video(run_dir, ft.RECORDED, 60)
+    before = snapshot(run_dir)
+    own = dict(mode="pretrain", env_id="Pong", from_scratch=False, run_dir=tmp_path, exp_name="x", collect_steps=50)
+    own |= dict(pretrain_epochs=1, pretrain_batch_size=2, pretrain_length=3)
+    for resume, words in ((False, "without its result"), (True, "60 frames, not 50")):
+        with pytest.raises(SystemExit):
+            ft.run(make_args(resume=resume, **own), ft.Stop())
+        assert words in capsys.readouterr().err and snapshot(run_dir) == before
+    ft.run(make_args(resume=True, **own | dict(collect_steps=60)), ft.Stop())  # a recording that is there is used
+    after = snapshot(run_dir)
+    assert {name: after[name] for name in before} == before
+    (run_dir / "model.pth").unlink()
+    with pytest.raises(SystemExit):
+        ft.run(make_args(resume=True, **own | dict(collect_steps=60)), ft.Stop())
+    assert "without its model.pth" in capsys.readouterr().err
+
+
+def test_a_pretraining_goes_on_with_its_own_videos_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ft, "BLOCK_FRAMES", 40)
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos", NAMES[0], 100)
+    flags = dict(mode="pretrain", from_scratch=False, video_dir=tmp_path / "videos", run_dir=tmp_path, resume=True)
+    flags |= dict(pretrain_epochs=2, pretrain_batch_size=2, pretrain_length=3, checkpoint_interval=1)
+    save = ft.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(ft, "save_checkpoint", save_and_stop)
+    with pytest.raises(SystemExit):
+        ft.run(make_args(**flags), ft.Stop())
+    write_video(tmp_path / "videos", NAMES[0], 60)
+    with pytest.raises(SystemExit) as exit_info:
+        ft.run(make_args(**flags), ft.Stop())
+    assert exit_info.value.code == 1 and "60 frames, not 100" in capsys.readouterr().err
+
+
+def test_weights_that_no_one_can_use_are_not_saved(tmp_path, capsys):
+    flags = dict(mode="pretrain", env_id="Pong", from_scratch=False, run_dir=tmp_path, collect_steps=12)
+    flags |= dict(pretrain_epochs=1, pretrain_batch_size=2, pretrain_length=2, pretrain_learning_rate=1e9)
+    with pytest.raises(SystemExit):
+        ft.run(make_args(**flags), ft.Stop())
+    assert "lower --pretrain-learning-rate" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/model.pth"))
 
 
 PRETRAIN = "--mode pretrain --collect-steps 200 --pretrain-batch-size 2 --pretrain-length 2 --resume".split()
@@ -594,7 +727,7 @@ before, generator = peak(), torch.Generator().manual_seed(0)
 if args.mode == "pretrain":
     network = ft.SimTPR().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    for frames, _ in ft.read_videos(Path(sys.argv[2]), ft.BLOCK_FRAMES):
+    for frames, _ in ft.read_videos(ft.video_files(Path(sys.argv[2])), ft.BLOCK_FRAMES):
         videos = torch.from_numpy(frames[: args.pretrain_batch_size * 14].reshape(-1, 14, 84, 84).copy())
         optimizer.zero_grad()
         ft.pretraining_loss(network, videos, args, generator).backward()
@@ -655,6 +788,11 @@ def test_a_pretraining_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsy
         ("--mode pretrain --video-dir .", "no observation_"),
         ("--from-scratch --shrink-perturb-alpha 1.5", "--shrink-perturb-alpha"),
         ("--mode pretrain --pretrain-length 1", "--pretrain-length"),
+        ("--mode pretrain --from-scratch", "--mode finetune"),
+        ("--mode pretrain --pretrained-path x", "--mode finetune"),
+        ("--from-scratch --video-dir .", "--mode pretrain"),
+        ("--mode pretrain --video-dir . --collect-policy checkpoint --collect-model x", "one of them"),
+        ("--pretrained-path a\udcff.pth", "printable"),
     ],
 )
 def test_a_flag_that_makes_no_sense(flags, words, capsys, tmp_path, monkeypatch):

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Table 1, DeepMind Control (and Table 10): six methods, 11 tasks, 10 seeds: 660 runs.
+#
+#     bash benchmark/table1_dmc.sh | bash benchmark/run_local.sh -j 2
+#     TASKS="walker-run" SEEDS="1 2" METHODS="base plastic" bash benchmark/table1_dmc.sh
+source "$(dirname "$0")/grid.sh"
+choose METHODS "base sam ln crelu reset plastic"
+choose TASKS "$DMC"
+choose_seeds 10
+
+for seed in $SEEDS; do # one seed of everything before the second
+    for task in $TASKS; do
+        for method in $METHODS; do
+            dmc_line "$task" "$seed" "$method" "$method"
+        done
+    done
+done

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Table 3: SAM and Reset† on a frozen, pretrained encoder, at replay ratio 2 and 4, 26 games, 5 seeds: 780 runs.
+#
+#     STAGE=pretrain bash benchmark/table3_pretrained.sh | bash benchmark/run_local.sh   # first: 26 encoders, on videos
+#     bash benchmark/table3_pretrained.sh | bash benchmark/run_local.sh -j 3
+#
+# MODELS says where the encoders are, {} standing for the game; the default is where the first stage puts them.
+# VIDEOS, in the first stage, says where the DQN Replay dataset's files of each game are; else random play is recorded.
+# ANCHOR=pretrained shrinks the encoder towards its pretrained weights, not towards fresh ones (exp-names in _anchored).
+source "$(dirname "$0")/grid.sh"
+STAGE=${STAGE:-finetune}
+choose STAGE "finetune pretrain"
+choose GAMES "$ATARI"
+script="python plastic_pretrained_finetune.py"
+
+if [[ $STAGE == pretrain ]]; then
+    for game in $GAMES; do
+        echo "$script --mode pretrain --env-id $game${VIDEOS:+ --video-dir ${VIDEOS//"{}"/$game}} --resume$extra"
+    done
+    exit
+fi
+choose METHODS "base reset sam_reset"
+choose RATIOS "2 4"
+ANCHOR=${ANCHOR:-init}
+choose ANCHOR "init pretrained"
+choose_seeds 5
+models=${MODELS:-"runs/{}__pretrain__1/model.pth"}
+for seed in $SEEDS; do # one seed of everything before the second
+    for game in $GAMES; do
+        for ratio in $RATIOS; do
+            for method in $METHODS; do
+                flags="--pretrained-path ${models//"{}"/$game} --freeze-backbone --replay-ratio $ratio"
+                [[ $method == sam* ]] && flags+=" --sam-rho 0.1" || flags+=" --sam-rho 0"
+                [[ $method == *reset ]] && flags+=" --reset-interval 40000" || flags+=" --reset-interval 0"
+                [[ $method == *reset ]] && anchor=$ANCHOR || anchor=init # without resets, nothing is shrunk
+                flags+=" --shrink-perturb-alpha 0.6 --shrink-perturb-anchor $anchor"
+                name=pretrained_${method}_rr$ratio
+                [[ $anchor == pretrained ]] && name+=_anchored
+                echo "$script --env-id $game --seed $seed --exp-name $name $flags --resume$extra"
+            done
+        done
+    done
+done
