@@ -256,7 +256,7 @@ class ResidualConv(nn.Conv2d):
     They are normal with standard deviation scale * sqrt(2 / (outputs * kernel area)).
     """
 
-    scale = 12**-0.25
+    scale = 12**-0.25  # SimTPR's
 
     def reset_parameters(self) -> None:
         """Fresh parameters, in place."""
@@ -921,7 +921,7 @@ class Agent:
         self.counts.copy_(torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that update() changes in place, but for the generator and the replay buffer's priorities."""
+        """All that update() and reset() change in place, but for generator and priorities; and the reset's anchor."""
         tensors = {"counts": self.counts}
         for name, network in (("online", self.online), ("target", self.target)):
             tensors |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
@@ -1081,7 +1081,9 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Gene
     td_target = agent.td_target(batch, to_images(batch.next_obs), noisy=False)
     # Past the network's forward(): its scaled gradient is not the loss's, and its Jacobian not symmetric.
     log_probs = agent.online.head(agent.online.backbone(to_images(batch.obs)), noisy=False)
-    means = [w for name, w in agent.online.named_parameters() if "sigma" not in name and w.requires_grad]  # idle ones
+    means = [
+        w for name, w in agent.online.named_parameters() if "sigma" not in name and w.requires_grad
+    ]  # the sigmas are idle
     metrics["hessian_max_eigenvalue"] = max_eigenvalue(
         td_error(log_probs, batch.action, td_target).mean(), means, generator
     )
@@ -1832,7 +1834,7 @@ def evaluate_saved(args: Args) -> None:
     except Exception as error:  # such a file can raise anything
         if out_of_memory(error):
             raise
-        fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
+        fail(f"--evaluate {str(args.evaluate)!r}: not a fine-tuned model that this script saved (--save-model)", 1)
     video = [] if args.capture_video else None
     returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)
     print(summary(saved.env_id, returns))
