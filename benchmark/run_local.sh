@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Run the lines of a grid on this machine, several at a time; stop it whenever you like, and start the same line again.
+#
+#     bash benchmark/table1_atari.sh | bash benchmark/run_local.sh -j 3
+#
+#     -j N              lines at a time on each GPU, or in all where there is none (default 1)
+#     --mps, --no-mps   with or without CUDA MPS, which lets processes share a GPU (default: with, where it is installed
+#                       and N > 1); started here, and stopped at the end
+#     --logs DIR        where each grid gets a directory (default runs/grids), named by the checksum of its lines: it holds
+#                       the log and the exit code of each line, and GNU parallel's joblog
+#
+# The GPUs are those of CUDA_VISIBLE_DEVICES, or all. Lines that ended well are not run again; the others are, and go on
+# where they stood by their own --resume. GNU parallel does the work, xargs where it is missing. Ctrl-C stops the lines and
+# waits for their checkpoints. At the end, failed lines are listed with their logs, and the exit code is 1.
+set -euo pipefail
+
+jobs=1 mps=auto logs=runs/grids
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        -j) jobs=${2:-} && shift ;;
+        --mps) mps=yes ;;
+        --no-mps) mps=no ;;
+        --logs) logs=${2:-} && shift ;;
+        *) echo "error: $1: the flags are -j N, --mps, --no-mps, --logs DIR" >&2 && exit 2 ;;
+    esac
+    shift
+done
+if [[ ! $jobs =~ ^[1-9][0-9]{0,3}$ || -z $logs ]]; then
+    echo "error: -j needs a number, --logs a directory" >&2
+    exit 2
+fi
+grid=$(grep -v '^[[:space:]]*$' || true)
+if [[ -z $grid ]]; then
+    echo "error: no lines; pipe a grid into this: bash benchmark/table1_atari.sh | bash benchmark/run_local.sh" >&2
+    exit 2
+fi
+dir=$logs/$(sha256sum <<< "$grid" | cut -c 1-12)
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+cd "$(dirname "$0")/.." # where the lines' python finds the scripts
+exec 9> "$dir/.lock"
+if ! flock -n 9; then
+    echo "error: $dir: another run_local.sh is at work on this grid" >&2
+    exit 1
+fi
+echo "$grid" > "$dir/grid.txt"
+number_of_lines=$(wc -l < "$dir/grid.txt")
+
+gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null || true)}
+gpus=$(tr ',\n' '  ' <<< "$gpus")
+at_once=$((jobs * ($(wc -w <<< "$gpus") > 0 ? $(wc -w <<< "$gpus") : 1)))
+threads=$(($(nproc) / at_once))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export GRID_DIR=$dir GRID_GPUS=$gpus
+
+run_line() { # SLOT NUMBER: run line NUMBER, on the GPU of this slot
+    local gpus=($GRID_GPUS) code=0
+    if [[ ${#gpus[@]} -gt 0 ]]; then
+        export CUDA_VISIBLE_DEVICES=${gpus[$((($1 - 1) % ${#gpus[@]}))]}
+    fi
+    bash -c "$(sed -n "$2p" "$GRID_DIR/grid.txt")" > "$GRID_DIR/$2.log" 2>&1 9>&- < /dev/null || code=$?
+    echo $code > "$GRID_DIR/$2.exit"
+    return $code
+}
+export -f run_line
+
+if [[ $mps == auto && -n ${gpus// /} && $jobs -gt 1 ]] && command -v nvidia-cuda-mps-control > /dev/null; then
+    mps=yes
+fi
+if [[ $mps == yes ]]; then
+    CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) # a short path: it will hold sockets
+    export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY=$dir
+    nvidia-cuda-mps-control -d 9>&-
+    trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$CUDA_MPS_PIPE_DIRECTORY"' EXIT
+fi
+
+# In a session of their own, so that Ctrl-C reaches the lines through stop(), once, and all of them can be found.
+if command -v parallel > /dev/null; then
+    progress=()
+    [[ -t 2 ]] && progress=(--eta)
+    seq "$number_of_lines" | PARALLEL_SHELL=$(command -v bash) setsid parallel --will-cite --jobs "$at_once" "${progress[@]}" \
+        --joblog "$dir/joblog" --resume-failed --termseq TERM,600000,KILL,25 run_line {%} {} &
+else
+    for number in $(seq "$number_of_lines"); do
+        [[ $(cat "$dir/$number.exit" 2> /dev/null) == 0 ]] || echo "$number"
+    done | setsid xargs -r -P "$at_once" -I{} --process-slot-var=SLOT bash -c 'run_line $((SLOT + 1)) {} || true' &
+fi
+session=$!
+stopped=0
+stop() {
+    stopped=$1
+    echo "stopping, after the lines' checkpoints" >&2
+    pkill -TERM -s "$session" || true
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+while pgrep -s "$session" > /dev/null; do
+    wait || true
+    sleep 0.1
+done
+
+failed=0
+for number in $(seq "$number_of_lines"); do
+    code=$(cat "$dir/$number.exit" 2> /dev/null || echo none)
+    if [[ $code != 0 && $stopped == 0 ]]; then
+        failed=$((failed + 1))
+        echo "failed, exit code $code: $(sed -n "${number}p" "$dir/grid.txt")" >&2
+        echo "    $dir/$number.log: $(tail -n 1 "$dir/$number.log" 2> /dev/null)" >&2
+    fi
+done
+if [[ $stopped != 0 ]]; then
+    echo "stopped; the same command goes on" >&2
+    exit "$stopped"
+fi
+echo "$((number_of_lines - failed)) of $number_of_lines lines done; logs in $dir"
+[[ $failed == 0 ]]
