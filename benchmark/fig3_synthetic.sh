@@ -16,8 +16,8 @@ if [[ $SWEEP == 1 ]]; then
 fi
 
 for method in $METHODS; do
-    flags=$(interventions "$method" 0.1 10)
+    interventions "$method" 0.1 10
     for task in $TASKS; do
-        echo "python synth_cifar_plasticity.py --task $task --exp-name $method $flags --resume$sweep$extra"
+        echo "python synth_cifar_plasticity.py --task $task --exp-name $method $switches --resume$sweep$extra"
     done
 done

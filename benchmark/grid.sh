@@ -32,23 +32,20 @@ choose_seeds() { # NUMBER: SEEDS from the environment, or 1 to NUMBER
     done
 }
 
-interventions() { # METHOD RHO INTERVAL: flags of base, of plastic, or of interventions joined by _, as in ln_reset
-    local parts=_${1/plastic/ln_sam_crelu_reset}_ flags
-    [[ $parts == *_ln_* ]] && flags="--layer-norm" || flags="--no-layer-norm"
-    [[ $parts == *_crelu_* ]] && flags+=" --crelu" || flags+=" --no-crelu"
-    [[ $parts == *_sam_* ]] && flags+=" --sam-rho $2" || flags+=" --sam-rho 0"
-    [[ $parts == *_reset_* ]] && flags+=" --reset-interval $3" || flags+=" --reset-interval 0"
-    echo "$flags"
+interventions() { # METHOD RHO INTERVAL: $switches of base, of plastic, or of interventions joined by _, as in ln_reset
+    local parts=_${1/plastic/ln_sam_crelu_reset}_
+    [[ $parts == *_ln_* ]] && switches="--layer-norm" || switches="--no-layer-norm"
+    [[ $parts == *_crelu_* ]] && switches+=" --crelu" || switches+=" --no-crelu"
+    [[ $parts == *_sam_* ]] && switches+=" --sam-rho $2" || switches+=" --sam-rho 0"
+    [[ $parts == *_reset_* ]] && switches+=" --reset-interval $3" || switches+=" --reset-interval 0"
 }
 
 atari_line() { # GAME SEED EXP_NAME METHOD [FLAGS]: one run of the Atari script, SAM's radius being $rho or 0.1
-    local flags
-    flags=$(interventions "$4" "${rho:-0.1}" 40000)
-    echo "python plastic_drq_rainbow_atari.py --env-id $1 --seed $2 --exp-name $3 $flags${5:+ $5} --resume$extra"
+    interventions "$4" "${rho:-0.1}" 40000
+    echo "python plastic_drq_rainbow_atari.py --env-id $1 --seed $2 --exp-name $3 $switches${5:+ $5} --resume$extra"
 }
 
 dmc_line() { # TASK SEED EXP_NAME METHOD [FLAGS]: one run of the DeepMind Control script
-    local flags
-    flags=$(interventions "$4" auto 100000)
-    echo "python plastic_drq_sac_dmc.py --env-id $1 --seed $2 --exp-name $3 $flags${5:+ $5} --resume$extra"
+    interventions "$4" auto 100000
+    echo "python plastic_drq_sac_dmc.py --env-id $1 --seed $2 --exp-name $3 $switches${5:+ $5} --resume$extra"
 }

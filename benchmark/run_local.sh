@@ -17,10 +17,16 @@ set -euo pipefail
 jobs=1 mps=auto logs=runs/grids
 while [[ $# -gt 0 ]]; do
     case $1 in
-        -j) jobs=${2:-} && shift ;;
+        -j | --logs)
+            if [[ $# -lt 2 ]]; then
+                echo "error: $1 needs a value" >&2
+                exit 2
+            fi
+            [[ $1 == -j ]] && jobs=$2 || logs=$2
+            shift
+            ;;
         --mps) mps=yes ;;
         --no-mps) mps=no ;;
-        --logs) logs=${2:-} && shift ;;
         *) echo "error: $1: the flags are -j N, --mps, --no-mps, --logs DIR" >&2 && exit 2 ;;
     esac
     shift
