@@ -1,65 +1,18 @@
-"""The grids that benchmark/ prints, and the tables and figures that it makes of results."""
+"""The tables and figures that benchmark/report.py makes of results."""
 
+import csv
 import json
-import os
-import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import report
-import tyro
+from scipy.stats import trim_mean
 from torch.utils.tensorboard import SummaryWriter
 
-import synth_cifar_plasticity as synth
-
 ROOT = Path(__file__).parent.parent
-
-
-def grid(**env):
-    command = ["bash", str(ROOT / "benchmark/fig3_synthetic.sh")]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
-
-
-def parsed(line):
-    python, script, *flags = shlex.split(line)
-    assert (python, script) == ("python", "synth_cifar_plasticity.py")
-    return synth.resolve(tyro.cli(synth.Args, args=flags))
-
-
-def test_figure_3_is_12_methods_on_two_tasks():
-    runs = [parsed(line) for line in grid().stdout.splitlines()]
-    assert len(runs) == len({(args.task, args.exp_name) for args in runs}) == 24
-    on = {
-        (args.task, args.exp_name): (args.layer_norm, args.sam_rho > 0, args.crelu, args.reset_interval > 0)
-        for args in runs
-    }
-    assert len({(task, *methods) for (task, _), methods in on.items()}) == 24  # 12 different ones of the 16
-    assert on["label", "base"] == (False, False, False, False)
-    assert on["input", "plastic"] == (True, True, True, True)
-    assert on["label", "sam"] == (False, True, False, False)
-    assert on["input", "ln_reset"] == (True, False, False, True)
-    assert sorted(sum(methods) for methods in on.values()) == [0] * 2 + [1] * 8 + [2] * 12 + [4] * 2
-    assert all(
-        (args.num_stages, args.updates_per_stage, args.num_seeds, args.resume) == (100, 500, 30, True) for args in runs
-    )
-    assert all(args.sam_rho in (0, 0.1) and args.reset_interval in (0, 10) for args in runs)
-
-
-def test_a_grid_narrowed_and_swept():
-    lines = grid(METHODS="ln base", TASKS="label", EXTRA="--num-seeds 3", SWEEP="1").stdout.splitlines()
-    runs = [parsed(line) for line in lines]
-    assert [(args.task, args.exp_name, args.num_seeds) for args in runs] == [("label", "ln", 3), ("label", "base", 3)]
-    assert all(args.learning_rate == args.weight_decay == (0.1, 0.01, 0.001, 0.0001, 0.00001) for args in runs)
-    assert grid(EXTRA="--num-seeds 3\nrm", TASKS="label", METHODS="base").stdout.count("\n") == 1
-    for env, word in (
-        ({"METHODS": "base foo"}, "foo"), ({"METHODS": "sam_ln"}, "sam_ln"), ({"METHODS": "*"}, "*"),
-        ({"TASKS": "input foo"}, "foo"), ({"SWEEP": "yes"}, "yes"),
-    ):  # fmt: skip
-        wrong = grid(**env)
-        assert (wrong.returncode, wrong.stdout) == (2, "")
-        assert wrong.stderr.count("\n") == 1 and word in wrong.stderr
 
 
 def write_result(runs, task, method, accuracies, first_seed=1):
@@ -81,7 +34,7 @@ def test_gains_by_hand_and_a_figure(tmp_path, capsys):
     write_result(tmp_path, "input", "base", [[0.1, 0.2, 0.4], [0.1, 0.4, 0.6]])
     write_result(tmp_path, "input", "ln", [[0.1, 0.5, 0.6], [0.1, 0.6, 0.9], [0.9, 0.9, 0.9]], first_seed=2)
     write_result(tmp_path, "label", "plastic", [[0.1, 0.5, 0.6]])
-    results = report.read_results(tmp_path)
+    results = report.read_results([tmp_path])
     assert report.late_accuracy(results["input", "base"], 2) == pytest.approx({1: 0.3, 2: 0.5})
     # Seed 2 alone is in both.
     assert report.gain(results["input", "ln"], results["input", "base"], 2) == pytest.approx([0.55 - 0.5])
@@ -100,7 +53,7 @@ def test_bars_stand_for_the_gains(tmp_path, monkeypatch):
     write_result(tmp_path, "label", "plastic", [[0.1], [0.2]])
     figures = []
     monkeypatch.setattr(report.plt, "close", figures.append)
-    report.plot_figure3(report.read_results(tmp_path), 5, tmp_path / "figure3.png")
+    report.plot_figure3(report.read_results([tmp_path]), 5, tmp_path / "figure3.png")
     heights = [[bar.get_height() for bar in axis.patches] for axis in figures[0].axes]
     np.testing.assert_allclose(heights, [[25], [-10]])
     assert [axis.get_title() for axis in figures[0].axes] == ["single methods", "combinations"]
@@ -110,74 +63,298 @@ def test_what_cannot_be_compared_or_drawn_gets_one_line(tmp_path, capsys):
     write_result(tmp_path, "input", "base", [[0.1, 0.2]])
     write_result(tmp_path, "label", "ln", [[0.1, 0.2]])
     write_result(tmp_path, "label", "mine", [[0.1, 0.2]])
-    results = report.read_results(tmp_path)
+    results = report.read_results([tmp_path])
     assert "mine" in capsys.readouterr().err  # said, not dropped in silence
     assert set(results) == {("input", "base"), ("label", "ln")}
     with pytest.raises(SystemExit):
         report.plot_figure3(results, 2, tmp_path / "figure3.png")
     write_result(tmp_path, "input", "ln", [[0.1, 0.2]])
     with pytest.raises(SystemExit):
-        report.plot_figure3(report.read_results(tmp_path), 2, tmp_path / "label__ln__1-1" / "result.json" / "x.png")
+        report.plot_figure3(report.read_results([tmp_path]), 2, tmp_path / "label__ln__1-1" / "result.json" / "x.png")
     path = tmp_path / "label__ln__1-1" / "result.json"
     path.write_text(path.read_text().replace('"num_stages": 1', '"num_stages": 2'))
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        report.read_results(tmp_path)
+        report.read_results([tmp_path])
     error = capsys.readouterr().err
     assert "num_stages: 1, 2" in error
     path.write_text(
         path.read_text().replace('"num_stages": 2', '"num_stages": 1').replace('"crelu": false', '"crelu": true')
     )
     with pytest.raises(SystemExit):
-        report.read_results(tmp_path)
+        report.read_results([tmp_path])
     assert "not those of ln" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"script": "synth_cifar_plasticity.py"}', None])
-def test_what_is_no_result_gets_one_line(tmp_path, capsys, content):
-    if content is not None:
-        (tmp_path / "x").mkdir()
-        (tmp_path / "x" / "result.json").write_text(content)
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"script": "synth_cifar_plasticity.py"}', '{"script": "plastic_drq_sac_dmc.py", "args": {}}'],
+)
+@pytest.mark.parametrize("read", [report.read_results, report.read_runs])
+def test_what_is_no_result_gets_one_line(tmp_path, capsys, content, read):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "result.json").write_text(content)
+    if "script" in content and (read is report.read_runs) == ("synth" in content):
+        assert not read([tmp_path])  # another script's
+        return
     with pytest.raises(SystemExit) as exit_info:
-        report.read_results(tmp_path)
+        read([tmp_path])
     assert exit_info.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# --- DeepMind Control -------------------------------------------------------------------------------------------------
+# --- Reinforcement learning: tables -----------------------------------------------------------------------------------
+
+ATARI, DMC = "plastic_drq_rainbow_atari.py", "plastic_drq_sac_dmc.py"
 
 
-def control_run(runs, env_id, exp_name, seed, mean_return, evaluations, episodes):
-    """A run's directory: `evaluations` and `episodes` [(agent step, return)], each of two environment steps."""
-    directory = runs / f"{env_id}__{exp_name}__{seed}"
-    with SummaryWriter(str(directory)) as writer:
-        for tag, values in (("eval/mean_return", evaluations), ("charts/episodic_return", episodes)):
-            for step, value in values:
-                writer.add_scalar(tag, value, step)
-    result = {"script": "plastic_drq_sac_dmc.py", "env_id": env_id, "exp_name": exp_name, "seed": seed,
-              "args": {"action_repeat": 2, "learning_starts": 100}, "mean_return": mean_return, "env_steps": 2000,
-              "wall_clock_seconds": 1800.0}  # fmt: skip
+def write_run(runs, task, exp_name, seed, score, script=ATARI, steps=100_000, scalars=None, **args):
+    """A run's directory; `scalars` {tag: [(step, value)]}."""
+    directory = runs / f"{task}__{exp_name}__{seed}"
+    directory.mkdir(parents=True)
+    if scalars:
+        with SummaryWriter(str(directory)) as writer:
+            for tag, points in scalars.items():
+                for step, value in points:
+                    writer.add_scalar(tag, value, step)
+    args = {"learning_starts": 100, "replay_ratio": 2} | args
+    result = {"script": script, "env_id": task, "exp_name": exp_name, "seed": seed, "args": args, "mean_return": score,
+              "env_steps": steps, "wall_clock_seconds": 7200.0, "parameters": 6_800_000}  # fmt: skip
     (directory / "result.json").write_text(json.dumps(result))
-    return directory / "result.json"
 
 
-def test_returns_and_curves_of_control_runs(tmp_path, capsys, monkeypatch):
-    control_run(
-        tmp_path, "walker-run", "base", 1, 300.0, [(500, 90.0), (1000, 300.0)], [(50, 20.0), (100, 40.0), (150, 77.0)]
+def table(*flags, code=0):
+    """What report.py prints as JSON documents, and on stderr."""
+    command = [sys.executable, str(ROOT / "benchmark/report.py"), *map(str, flags), "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    decoder, documents, rest = json.JSONDecoder(), [], done.stdout.strip()
+    while rest:
+        document, end = decoder.raw_decode(rest)
+        documents.append(document)
+        rest = rest[end:].strip()
+    return documents, done.stderr
+
+
+def normal(task, score):
+    with open(ROOT / "benchmark/paper/atari_random_human.csv", newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["game"] == task]
+    return (score - float(row["random"])) / (float(row["human"]) - float(row["random"]))
+
+
+def test_table_1_against_aggregates_by_hand(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = {task: rng.uniform(0, 3000, 3) for task in report.RANDOM_HUMAN}
+    for task, values in scores.items():
+        for seed, value in enumerate(values):
+            write_run(tmp_path, task, "base", seed, value)
+    returns = {task: rng.uniform(0, 900, 2) for task in report.CONTROL}
+    for task, values in returns.items():
+        for seed, value in enumerate(values):
+            write_run(tmp_path, task, "plastic", seed, value, DMC, 2_000_000)
+    (atari, control), error = table(tmp_path, "--table", "1", "--reps", "200")
+    assert error == ""
+    ours = atari["rows"][0]
+    matrix = np.array([[normal(task, value) for value in values] for task, values in scores.items()])  # [tasks, seeds]
+    assert (ours["method"], ours["runs"]) == ("Base", 78)
+    assert ours["IQM"][0] == pytest.approx(trim_mean(matrix, 0.25, axis=None))
+    assert ours["median"][0] == pytest.approx(np.median(matrix.mean(1)))
+    assert ours["mean"][0] == pytest.approx(matrix.mean())
+    assert ours["IQM, paper"] == [0.258, 0.224, 0.292] and ours["mean, paper"] == [0.476, 0.432, 0.52]
+    for name in ("IQM", "median", "mean"):
+        value, low, high = ours[name]
+        assert low < value < high
+    # The same bootstrap by hand: seeds drawn anew within each task.
+    draws = rng.integers(3, size=(2000, 26, 3))
+    means = [matrix[np.arange(26)[:, None], draw].mean() for draw in draws]
+    assert ours["mean"][1:] == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=0.1)
+    assert [row["runs"] for row in atari["rows"]] == [78, 0, 0, 0, 0, 0]
+    ours = control["rows"][5]
+    matrix = np.array(list(returns.values()))
+    assert ours["median"][0] == pytest.approx(np.median(matrix.mean(1)))
+    assert ours["median over seeds"][0] == pytest.approx(np.median(matrix.mean(0)))
+    assert ours["median over seeds, paper"][0] == 540 and ours["median, paper"] is None
+    assert table(tmp_path, "--table", "1", "--reps", "200")[0][0] == atari  # seeded
+
+
+def columns(name, benchmark):
+    """{column: {task: mean return}} of one of the paper's tables by task."""
+    with open(ROOT / "benchmark/paper" / name, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {c: {row["Game"]: float(row[c]) for row in rows if row[c]} for c in rows[0] if c != "Game"}
+
+
+def test_the_papers_tables_by_task_give_its_aggregates(tmp_path):
+    """Means and medians to 0.001, but for LN's in Table 7; Table 10's means are printed truncated (spec, section 6)."""
+    path = tmp_path / "scores.csv"
+    printed = {}
+    for row in report.paper("table1_main.csv"):
+        printed["7" if row["benchmark"] == "atari" else "10", row["method"]] = row
+    for row in report.paper("table2_scaling.csv"):
+        printed["9", f"{row['method']}:{row['replay_ratio']}"] = row
+    checked = 0
+    for number, name in (
+        ("7", "table7_atari_drq.csv"),
+        ("9", "table9_atari_replay_ratio.csv"),
+        ("10", "table10_dmc.csv"),
+    ):
+        benchmark = "dmc" if number == "10" else "atari"
+        scores = columns(name, benchmark)
+        lines = ["method,task,seed,score"]
+        lines += [f"{method},{task},1,{score}" for method, tasks in scores.items() for task, score in tasks.items()]
+        path.write_text("\n".join(lines) + "\n")
+        ((document,), error) = table("--scores", path, "--benchmark", benchmark)
+        assert error == ""
+        for row in document["rows"]:
+            expected = printed[number, {"LayerNorm": "LN"}.get(row["method"], row["method"])]
+            if number == "10":
+                assert int(row["mean"][0]) == float(expected["mean"])
+            elif row["method"] != "LayerNorm":
+                assert row["mean"][0] == pytest.approx(float(expected["mean"]), abs=0.001)
+                assert row["median over tasks"][0] == pytest.approx(float(expected["median"]), abs=0.001)
+            assert row["IQM"][1:] == [None, None]  # one seed has no interval
+            checked += 1
+    assert checked == 6 + 6 + 6
+
+
+def test_missing_tasks_are_refused_or_said(tmp_path):
+    for seed in (1, 2):
+        for task in ("Alien", "Pong"):
+            write_run(tmp_path, task, "ln_reset", seed, 100.0 * seed, steps=20_000)
+    write_run(tmp_path, "Pong", "ln_reset", 3, 7.0, steps=20_000)
+    (document,), error = table(tmp_path, "--table", "2", code=1)
+    row = document["rows"][0]
+    assert (row["method"], row["runs"], row["IQM"]) == ("PLASTIC†:2", 5, None)
+    assert "no runs of Amidar, " in error and "--allow-missing" in error and "Pong" not in error.split("no runs of")[1]
+    assert "runs of 20,000 steps, not of 100,000" in error
+    (document,), error = table(tmp_path, "--table", "2", "--allow-missing", "--runs-per-gpu", "4")
+    row = document["rows"][0]
+    matrix = [[normal("Alien", 100), normal("Pong", 100)], [normal("Alien", 200), normal("Pong", 200)]]
+    assert row["mean"][0] == pytest.approx(np.mean(matrix))  # the third seed of Pong is cut
+    assert row["optimality gap"][0] == pytest.approx(np.mean(np.maximum(1 - np.array(matrix), 0)))
+    assert "cut to the 2 seeds" in error and "aggregated over the other 2 tasks" in error
+    assert (row["GPU hours"], row["GPU hours, paper"], row["million parameters"]) == (0.5, 0.5, 6.8)
+
+
+def test_tables_3_and_4_find_their_runs(tmp_path):
+    with open(ROOT / "benchmark/paper/table4_ablation.csv", newline="") as file:
+        printed = list(csv.DictReader(file))
+    names = "base ln sam crelu reset ln_sam ln_crelu ln_reset sam_crelu sam_reset crelu_reset plastic".split()
+    for name in names:
+        write_run(tmp_path, "Pong", name, 1, -20.7)
+    (document,), _ = table(tmp_path, "--table", "4", "--allow-missing")
+    assert [row["method"] for row in document["rows"]][:6] == ["Base", "LN", "SAM", "CReLU", "Reset", "LN + SAM"]
+    assert [row["IQM, paper"][0] for row in document["rows"]] == [float(row["iqm"]) for row in printed]
+    assert all(row["runs"] == 1 and abs(row["IQM"][0]) < 1e-9 for row in document["rows"])
+    for method in ("base", "reset", "sam_reset"):
+        for ratio in (2, 4):
+            script = "plastic_pretrained_finetune.py"
+            write_run(tmp_path, "Pong", f"pretrained_{method}_rr{ratio}", 1, -20.7, script, mode="finetune")
+    (document,), _ = table(tmp_path, "--table", "3", "--allow-missing")
+    assert [(row["method"], row["runs"], row["IQM, paper"][0]) for row in document["rows"]] == [
+        ("RR 2", 1, 0.366), ("RR 2, Reset†", 1, 0.709), ("RR 2, SAM, Reset†", 1, 0.776),
+        ("RR 4", 1, 0.243), ("RR 4, Reset†", 1, 0.78), ("RR 4, SAM, Reset†", 1, 0.834),
+    ]  # fmt: skip
+
+
+def test_tables_by_task(tmp_path):
+    write_run(tmp_path, "Alien", "plastic_rr8", 1, 1000.0, replay_ratio=8)
+    write_run(tmp_path, "Alien", "plastic_rr8", 2, 2000.0, replay_ratio=8)
+    (document,), _ = table(tmp_path, "--table", "8")
+    row = document["rows"][0]
+    assert (row["task"], row["PLASTIC:8"], row["PLASTIC:8, runs"], row["PLASTIC:8, paper"]) == (
+        "Alien",
+        1500,
+        2,
+        1368.6,
     )
-    control_run(tmp_path, "walker-run", "base", 2, 400.0, [(500, 95.0), (1000, 400.0)], [(50, 30.0), (150, 99.0)])
-    control_run(tmp_path, "reacher-easy", "plastic", 1, 800.0, [(1000, 800.0)], [(150, 99.0)])
-    results = report.read_control_runs(tmp_path)
-    report.print_returns(results)
-    rows = capsys.readouterr().out.splitlines()[2:]
+    assert (row["EfficientZero, paper"], row["PLASTIC†:8"], row["PLASTIC†:8, runs"]) == (808.5, None, 0)
+    assert len(document["rows"]) == 26
+    (document,), _ = table(tmp_path, "--table", "9")
+    assert (document["rows"][0]["PLASTIC:8"], document["rows"][0]["PLASTIC:2"]) == (1500, None)
+    for number, task in (("7", "Alien"), ("10", "acrobot-swingup")):
+        (document,), _ = table(tmp_path, "--table", number)
+        assert document["rows"][0]["task"] == task and "LayerNorm, runs" in document["rows"][0]
+
+
+def test_the_three_formats(tmp_path, capsys):
+    rows = [{"a": "x", "b": (0.12345, 0.1, 0.2), "c": 1.25}, {"a": "y", "b": (0.5, None, None), "c": None}]
+    report.print_rows("T", rows, 3, "markdown")
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| a | b | c |", "|---|---|---|", "| x | 0.123 [0.100, 0.200] | 1.250 |", "| y | 0.500 |  |", ""
+    ]  # fmt: skip
+    report.print_rows("T", rows, 3, "csv")
+    assert list(csv.reader(capsys.readouterr().out.splitlines())) == [
+        ["a", "b", "b low", "b high", "c"], ["x", "0.123", "0.100", "0.200", "1.250"], ["y", "0.500", "", "", ""]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("method,task,score\nbase,Pong,1\n", "columns"), ("method,task,seed,score\nbase,Pongg,1,1\n", "line 2"),
+        ("method,task,seed,score\nbase,Pong,1,nan\n", "line 2"), ("method,task,seed,score\nbase,Pong,1,x\n", "'x'"),
+        ("method,task,seed,score\nbase,Pong,1,1\nbase,Pong,1,2\n", "line 3"),
+        (None, "No such file"), ("", "no results"),
+    ],
+)  # fmt: skip
+def test_scores_that_cannot_be_read(tmp_path, content, words, capsys):
+    path = tmp_path / "scores.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as exit_info:
+        report.main(report.Args(scores=path))
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 1 and error.count("\n") == 1 and words in error
+
+
+def test_runs_that_cannot_be_put_together(tmp_path, capsys):
+    write_run(tmp_path / "a", "Pong", "base", 1, 1.0)
+    write_run(tmp_path / "b", "Pong", "base", 1, 2.0)
+    with pytest.raises(SystemExit):
+        report.read_runs([tmp_path])
+    assert "the same run twice" in capsys.readouterr().err
+    write_run(tmp_path / "a", "Alien", "base", 1, 1.0, replay_ratio=4)
+    with pytest.raises(SystemExit):
+        report.choose(report.read_runs([tmp_path / "a"]), "atari", "base")
+    assert "differ in replay_ratio: [2, 4]" in capsys.readouterr().err
+    for args, words in ((report.Args(), "one of them"), (report.Args(runs=(tmp_path / "no",)), "no such directory"),
+                        (report.Args(runs=(tmp_path,), reps=0), "--reps")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            report.main(args)
+        assert words in capsys.readouterr().err
+
+
+# --- Reinforcement learning: figures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures by file name, instead of their files."""
+    drawn = {}
+    monkeypatch.setattr(report, "save", lambda figure, path: drawn.update({path.name: figure}))
+    yield drawn
+    report.plt.close("all")
+
+
+def test_returns_and_curves(tmp_path, capsys, figures):
+    def curves(evaluations, episodes):
+        return {"eval/mean_return": evaluations, "charts/episodic_return": episodes}
+
+    control = dict(script=DMC, steps=2000, action_repeat=2)
+    scalars = curves([(500, 90.0), (1000, 300.0)], [(50, 20.0), (100, 40.0), (150, 77.0)])
+    write_run(tmp_path, "walker-run", "base", 1, 300.0, scalars=scalars, **control)
+    scalars = curves([(500, 95.0), (1000, 400.0)], [(50, 30.0), (150, 99.0)])
+    write_run(tmp_path, "walker-run", "base", 2, 400.0, scalars=scalars, **control)
+    write_run(tmp_path, "reacher-easy", "plastic", 1, 800.0, scalars=curves([(1000, 800.0)], [(150, 99.0)]), **control)
+    assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
+    rows = capsys.readouterr().out.splitlines()[4:-1]
     assert rows == [
-        "| reacher-easy | plastic | 2,000 |  | 800 | 1 | 0.5 |",
-        "| walker-run | base | 2,000 | 30 (3 episodes) | 350 [300, 400] | 2 | 0.5 |",
+        "| reacher-easy | plastic | 2,000 |  | 800.0 | 1 | 2.0 |",
+        "| walker-run | base | 2,000 | 30.0 (3 episodes) | 350.0 [300.0, 400.0] | 2 | 2.0 |",
     ]
-    figures = []
-    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
-    report.plot_curves(results, tmp_path / "curves.png")
-    reacher, walker = figures[0].axes
+    assert set(figures) == {"curves.png"}
+    reacher, walker = figures["curves.png"].axes[:2]
     assert [axis.get_title() for axis in (reacher, walker)] == ["reacher-easy", "walker-run"]
     lines = [line.get_xydata().tolist() for line in walker.get_lines()]
     assert lines[:2] == [[[1.0, 90.0], [2.0, 300.0]], [[1.0, 95.0], [2.0, 400.0]]]
@@ -186,11 +363,42 @@ def test_returns_and_curves_of_control_runs(tmp_path, capsys, monkeypatch):
     assert len(reacher.get_lines()) == 1
 
 
-def test_a_control_run_that_cannot_be_read(tmp_path, capsys):
-    path = control_run(tmp_path, "walker-run", "base", 1, 300.0, [(500, 90.0)], [])
-    for content in ('{"script": "plastic_drq_sac_dmc.py"}', '{"script": "plastic_drq_sac_dmc.py", "args": 3}'):
-        path.write_text(content)
-        with pytest.raises(SystemExit) as exit_info:
-            report.read_control_runs(tmp_path)
-        assert exit_info.value.code == 1
-        assert "not a result of plastic_drq_sac_dmc.py" in capsys.readouterr().err
+def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
+    def metric(values):
+        return {"plasticity/hessian_max_eigenvalue": [(5000 * (i + 1), v) for i, v in enumerate(values)]}
+
+    write_run(tmp_path, "Pong", "base_metrics", 1, 0.0, scalars=metric([1.0, 4.0]))
+    write_run(tmp_path, "Pong", "base_metrics", 2, 0.0, scalars=metric([3.0, 8.0]))
+    span = 14.6 + 20.7
+    for i, name in enumerate("base sam sam_reused sam_noiseless sam_rho0.3 base_batch64 plastic".split()):
+        write_run(tmp_path, "Pong", name, 1, -20.7 + 0.1 * i * span)
+        write_run(tmp_path, "walker-run", name, 1, 100.0 * i, DMC, 2_000_000)
+    assert report.main(report.Args(runs=(tmp_path,), table="1", plot=tmp_path, allow_missing=True, reps=50)) == 0
+    assert set(figures) == {
+        "figure1.png", "figure2.png", "figure4.png", "figure5.png", "figure6.png", "intervals_atari.png",
+        "intervals_dmc.png",
+    }  # fmt: skip
+    eigenvalue = figures["figure4.png"].axes[0]
+    assert eigenvalue.get_lines()[0].get_xydata().tolist() == [[5.0, 2.0], [10.0, 6.0]]
+    assert len(figures["figure4.png"].axes[1].get_lines()) == 0
+
+    def heights(figure):
+        return {axis.get_title(): [bar.get_height() for bar in axis.patches] for axis in figures[figure].axes}
+
+    expected = {"noise in SAM's passes": [0, 0.1, 0.2, 0.3], "SAM on": [0, 0.1], "SAM on (DeepMind Control)": [0, 100]}
+    for title, values in expected.items():
+        assert heights("figure5.png")[title] == pytest.approx(values, abs=1e-6)
+    assert heights("figure6.png") == {
+        "rho": pytest.approx([0, 0.1, 0.4], abs=1e-6), "batch size, base": pytest.approx([0, 0.5], abs=1e-6)
+    }  # fmt: skip
+    (right,) = figures["figure2.png"].axes
+    points = {text.get_text(): line.get_xydata()[0] for text, line in zip(right.texts, right.get_lines(), strict=True)}
+    assert points["SAM"] == pytest.approx([0.1, 100], abs=1e-6)
+    ours = [line for line in figures["figure1.png"].axes[0].get_lines() if line.get_label() == "PLASTIC, ours"]
+    assert ours[0].get_xydata().tolist() == [pytest.approx([2.0, 0.6])]
+
+
+def test_figures_are_written_as_pictures(tmp_path):
+    write_run(tmp_path, "Pong", "base", 1, 0.0, scalars={"eval/mean_return": [(10, 1.0)]})
+    report.main(report.Args(runs=(tmp_path,), plot=tmp_path / "plots"))
+    assert (tmp_path / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
