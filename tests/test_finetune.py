@@ -197,6 +197,16 @@ def test_an_encoder_that_is_not_frozen_is_trained_but_keeps_its_statistics():
         assert torch.equal(w, before[name]) == ("running" in name or "num_batches" in name), name
 
 
+def test_an_encoder_that_is_trained_gets_its_gradient_over_the_root_of_two():
+    agent = make_agent(freeze_backbone=False)
+    images = torch.rand(2, 4, 84, 84, generator=torch.Generator().manual_seed(0))
+    bias = agent.online.backbone.layers[0].down.bias
+    (scaled,) = torch.autograd.grad(agent.online(images, noisy=False)[:, :, 0].sum(), bias)
+    head = agent.online.head(agent.online.backbone(images), noisy=False)
+    (plain,) = torch.autograd.grad(head[:, :, 0].sum(), bias)
+    torch.testing.assert_close(scaled, plain / 2**0.5)
+
+
 @pytest.mark.parametrize("anchor", ["init", "pretrained"])
 def test_reset_dagger_by_hand(anchor):
     agent = make_agent(reset_interval=10, shrink_perturb_alpha=0.6, shrink_perturb_anchor=anchor)
