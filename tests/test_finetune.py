@@ -283,6 +283,25 @@ def test_positions_by_their_formula():
     np.testing.assert_allclose(ft.positions(5, 8, torch.device("cpu")).numpy(), expected, atol=1e-6)
 
 
+def test_each_view_predicts_the_others_projections():
+    torch.manual_seed(0)
+    network, args = ft.SimTPR(width=16, heads=2).eval(), make_args(mode="pretrain", from_scratch=False)
+    frames = torch.randint(256, (2, 6, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    loss = ft.pretraining_loss(network, frames, args, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    views = [ft.augment(frames, args.aug_shift, args.aug_intensity, generator) for _ in range(2)]
+    stacks = [torch.stack([view[:, t : t + 4] for t in range(3)], dim=1) for view in views]
+    (one, from_one), (other, from_other) = (network(stack) for stack in stacks)
+
+    def distance(prediction, projection):
+        pairs = zip(prediction.reshape(-1, 16), projection[:, 1:].reshape(-1, 16), strict=True)
+        return torch.stack([(p / p.norm() - z / z.norm()).square().sum() for p, z in pairs]).mean()
+
+    expected = (distance(from_one, other) + distance(from_other, one)) / 2 + 0.01 * ft.barlow_loss(one, other)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert abs(distance(from_one, one) - distance(from_one, other)) > 1e-3
+
+
 def test_the_pretraining_loss_is_symmetric_and_learns():
     torch.manual_seed(0)
     network, args = ft.SimTPR(width=32), make_args(aug_shift=0, aug_intensity=0.0, barlow_weight=0.5)
