@@ -1,6 +1,8 @@
 """The tables and figures that benchmark/report.py makes of results."""
 
+import contextlib
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report
+import tyro
 from scipy.stats import trim_mean
 from torch.utils.tensorboard import SummaryWriter
 
@@ -125,15 +128,15 @@ def write_run(runs, task, exp_name, seed, score, script=ATARI, steps=100_000, sc
 
 def table(*flags, code=0):
     """What report.py prints as JSON documents, and on stderr."""
-    command = [sys.executable, str(ROOT / "benchmark/report.py"), *map(str, flags), "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    decoder, documents, rest = json.JSONDecoder(), [], done.stdout.strip()
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        assert report.main(tyro.cli(report.Args, args=[*map(str, flags), "--format", "json"])) == code
+    decoder, documents, rest = json.JSONDecoder(), [], output.getvalue().strip()
     while rest:
         document, end = decoder.raw_decode(rest)
         documents.append(document)
         rest = rest[end:].strip()
-    return documents, done.stderr
+    return documents, errors.getvalue()
 
 
 def normal(task, score):
@@ -234,6 +237,14 @@ def test_missing_tasks_are_refused_or_said(tmp_path):
     assert row["optimality gap"][0] == pytest.approx(np.mean(np.maximum(1 - np.array(matrix), 0)))
     assert "cut to the 2 seeds" in error and "aggregated over the other 2 tasks" in error
     assert (row["GPU hours"], row["GPU hours, paper"], row["million parameters"]) == (0.5, 0.5, 6.8)
+
+
+def test_the_exit_code_of_a_refused_aggregate(tmp_path):
+    write_run(tmp_path, "Pong", "base", 1, 3.0)
+    command = [sys.executable, str(ROOT / "benchmark/report.py"), str(tmp_path), "--table", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("base: no runs of Alien, ")
+    assert done.stdout.splitlines()[4] == "| Base | 1 |  | 0.258 [0.224, 0.292] |"
 
 
 def test_tables_3_and_4_find_their_runs(tmp_path):
