@@ -8,8 +8,7 @@
 source "$(dirname "$0")/grid.sh"
 choose METHODS "base ln sam crelu reset plastic ln_sam ln_crelu ln_reset sam_crelu sam_reset crelu_reset"
 choose TASKS "input label"
-SWEEP=${SWEEP:-0}
-choose SWEEP "0 1"
+choose_one SWEEP "0 1"
 sweep=""
 if [[ $SWEEP == 1 ]]; then
     sweep=" --learning-rate 0.1 0.01 0.001 0.0001 0.00001 --weight-decay 0.1 0.01 0.001 0.0001 0.00001"

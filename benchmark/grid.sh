@@ -9,27 +9,49 @@ quadruped-walk reacher-easy reacher-hard walker-run"
 
 extra=${EXTRA:+ ${EXTRA//$'\n'/ }} # flags for every line
 
+rho=0.1 # SAM's, on Atari
+
 choose() { # NAME VALUES: narrow the variable NAME to what the environment asks for; without that, all of VALUES
     local -n chosen=$1
-    local value
-    chosen=${chosen:-$2}
-    for value in $chosen; do
+    local value asked=${!1:-$2}
+    chosen=""
+    for value in $asked; do
         if [[ " $2 " != *" $value "* ]]; then
             echo "error: $1: $value is not one of $2" >&2
             exit 2
         fi
+        [[ " $chosen " == *" $value "* ]] || chosen+=${chosen:+ }$value
     done
+    if [[ -z $chosen ]]; then
+        echo "error: $1 is empty; leave it unset for $2" >&2
+        exit 2
+    fi
+}
+
+choose_one() { # NAME VALUES: the same for a single value, by default the first
+    local -n single=$1
+    single=${single:-${2%% *}}
+    choose "$1" "$2"
+    if [[ $single == *" "* ]]; then
+        echo "error: $1: one of $2, not $single" >&2
+        exit 2
+    fi
 }
 
 choose_seeds() { # NUMBER: SEEDS from the environment, or 1 to NUMBER
-    local seed
-    SEEDS=${SEEDS:-$(seq -s " " "$1")}
-    for seed in $SEEDS; do
-        if [[ ! $seed =~ ^[0-9]+$ ]]; then
-            echo "error: SEEDS: $seed is not a whole number" >&2
+    local seed asked=${SEEDS:-$(seq -s " " "$1")}
+    SEEDS=""
+    for seed in $asked; do
+        if [[ ! $seed =~ ^(0|[1-9][0-9]{0,5})$ ]]; then
+            echo "error: SEEDS: $seed is not a seed" >&2
             exit 2
         fi
+        [[ " $SEEDS " == *" $seed "* ]] || SEEDS+=${SEEDS:+ }$seed
     done
+    if [[ -z $SEEDS ]]; then
+        echo "error: SEEDS is empty; leave it unset for 1 to $1" >&2
+        exit 2
+    fi
 }
 
 interventions() { # METHOD RHO INTERVAL: $switches of base, of plastic, or of interventions joined by _, as in ln_reset
@@ -40,8 +62,8 @@ interventions() { # METHOD RHO INTERVAL: $switches of base, of plastic, or of in
     [[ $parts == *_reset_* ]] && switches+=" --reset-interval $3" || switches+=" --reset-interval 0"
 }
 
-atari_line() { # GAME SEED EXP_NAME METHOD [FLAGS]: one run of the Atari script, SAM's radius being $rho or 0.1
-    interventions "$4" "${rho:-0.1}" 40000
+atari_line() { # GAME SEED EXP_NAME METHOD [FLAGS]: one run of the Atari script, SAM's radius being $rho
+    interventions "$4" "$rho" 40000
     echo "python plastic_drq_rainbow_atari.py --env-id $1 --seed $2 --exp-name $3 $switches${5:+ $5} --resume$extra"
 }
 

@@ -6,13 +6,14 @@
 #     -j N              lines at a time on each GPU, or in all where there is none (default 1)
 #     --mps, --no-mps   with or without CUDA MPS, which lets processes share a GPU (default: with, where it is installed
 #                       and N > 1); started here, and stopped at the end
-#     --logs DIR        where each grid gets a directory (default runs/grids), named by the checksum of its lines: it holds
+#     --logs DIR        where each grid gets a directory (default runs/grids, from here), named by the checksum of its lines: it holds
 #                       the log and the exit code of each line, and GNU parallel's joblog
 #
 # The GPUs are those of CUDA_VISIBLE_DEVICES, or all. Lines that ended well are not run again; the others are, and go on
 # where they stood by their own --resume. GNU parallel does the work, xargs where it is missing. Ctrl-C stops the lines and
 # waits for their checkpoints. At the end, failed lines are listed with their logs, and the exit code is 1.
 set -euo pipefail
+unset CDPATH
 
 jobs=1 mps=auto logs=runs/grids
 while [[ $# -gt 0 ]]; do
@@ -25,6 +26,7 @@ while [[ $# -gt 0 ]]; do
             [[ $1 == -j ]] && jobs=$2 || logs=$2
             shift
             ;;
+        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
         --mps) mps=yes ;;
         --no-mps) mps=no ;;
         *) echo "error: $1: the flags are -j N, --mps, --no-mps, --logs DIR" >&2 && exit 2 ;;
@@ -35,7 +37,7 @@ if [[ ! $jobs =~ ^[1-9][0-9]{0,3}$ || -z $logs ]]; then
     echo "error: -j needs a number, --logs a directory" >&2
     exit 2
 fi
-grid=$(grep -v '^[[:space:]]*$' || true)
+grid=$(tr -d '\r\000' | grep -av '^[[:space:]]*$' || true)
 if [[ -z $grid ]]; then
     echo "error: no lines; pipe a grid into this: bash benchmark/table1_atari.sh | bash benchmark/run_local.sh" >&2
     exit 2
@@ -46,13 +48,17 @@ dir=$(cd "$dir" && pwd)
 cd "$(dirname "$0")/.." # where the lines' python finds the scripts
 exec 9> "$dir/.lock"
 if ! flock -n 9; then
-    echo "error: $dir: another run_local.sh is at work on this grid" >&2
+    echo "error: $dir: another run_local.sh is at work on this grid, or what it left: fuser $dir/.lock" >&2
     exit 1
 fi
 echo "$grid" > "$dir/grid.txt"
 number_of_lines=$(wc -l < "$dir/grid.txt")
 
-gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null || true)}
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    gpus=$CUDA_VISIBLE_DEVICES
+else
+    gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null) || gpus=""
+fi
 gpus=$(tr ',\n' '  ' <<< "$gpus")
 at_once=$((jobs * ($(wc -w <<< "$gpus") > 0 ? $(wc -w <<< "$gpus") : 1)))
 threads=$(($(nproc) / at_once))
@@ -64,7 +70,7 @@ run_line() { # SLOT NUMBER: run line NUMBER, on the GPU of this slot
     if [[ ${#gpus[@]} -gt 0 ]]; then
         export CUDA_VISIBLE_DEVICES=${gpus[$((($1 - 1) % ${#gpus[@]}))]}
     fi
-    bash -c "$(sed -n "$2p" "$GRID_DIR/grid.txt")" > "$GRID_DIR/$2.log" 2>&1 9>&- < /dev/null || code=$?
+    bash -c -- "$(sed -n "$2p" "$GRID_DIR/grid.txt")" > "$GRID_DIR/$2.log" 2>&1 9>&- < /dev/null || code=$?
     echo $code > "$GRID_DIR/$2.exit"
     return $code
 }
@@ -80,30 +86,44 @@ if [[ $mps == yes ]]; then
     trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$CUDA_MPS_PIPE_DIRECTORY"' EXIT
 fi
 
+done_lines() { # numbers of the lines that ended well
+    (cd "$dir" && grep -lx 0 -- *.exit 2> /dev/null | sed 's/\.exit$//' | sort -n) || true
+}
+
 # In a session of their own, so that Ctrl-C reaches the lines through stop(), once, and all of them can be found.
 if command -v parallel > /dev/null; then
+    # GNU parallel leaves out what its joblog has as done: the lines whose exit code is 0, and no others.
+    touch "$dir/joblog"
+    awk -F '\t' -v OFS='\t' -v numbers="$(done_lines | tr '\n' ' ')" '
+        BEGIN { count = split(numbers, list, " "); for (i = 1; i <= count; i++) done[list[i]] = 1 }
+        $1 in done { row[$1] = $0 }
+        END {
+            print "Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal", "Command"
+            for (n in done) print (n in row && row[n] ~ /\t0\t0\trun_line/ ? row[n] : n OFS ":\t0\t0\t0\t0\t0\t0\trun_line")
+        }' "$dir/joblog" > "$dir/joblog.new"
+    mv "$dir/joblog.new" "$dir/joblog"
     progress=()
     [[ -t 2 ]] && progress=(--eta)
     seq "$number_of_lines" | PARALLEL_SHELL=$(command -v bash) setsid parallel --will-cite --jobs "$at_once" "${progress[@]}" \
         --joblog "$dir/joblog" --resume-failed --termseq TERM,600000,KILL,25 run_line {%} {} &
 else
-    for number in $(seq "$number_of_lines"); do
-        [[ $(cat "$dir/$number.exit" 2> /dev/null) == 0 ]] || echo "$number"
-    done | setsid xargs -r -P "$at_once" -I{} --process-slot-var=SLOT bash -c 'run_line $((SLOT + 1)) {} || true' &
+    comm -23 <(seq "$number_of_lines" | sort) <(done_lines | sort) | sort -n |
+        setsid xargs -r -P "$at_once" -I{} --process-slot-var=SLOT bash -c 'run_line $((SLOT + 1)) {} || true' &
 fi
 session=$!
 stopped=0
 stop() {
     stopped=$1
     echo "stopping, after the lines' checkpoints" >&2
-    pkill -TERM -s "$session" || true
+    pkill -TERM -s "$session" || kill -TERM "$session" 2> /dev/null || true
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
-while pgrep -s "$session" > /dev/null; do
-    wait || true
-    sleep 0.1
+trap 'stop 129' HUP
+while kill -0 "$session" 2> /dev/null; do
+    wait "$session" || true
 done
+while pgrep -s "$session" > /dev/null; do sleep 0.1; done
 
 failed=0
 for number in $(seq "$number_of_lines"); do

@@ -8,19 +8,22 @@
 #     --partition NAME  as sbatch has it; without it, Slurm's default
 #     --gpus N          GPUs of a task (default 1; 0 = none)
 #     --cpus N          cores of a line (default 4)
-#     --time LIMIT      of a task, as sbatch has it; near it, lines write checkpoints and the task is queued again
+#     --time LIMIT      of a task, as sbatch has it; 2 minutes before it, lines write checkpoints and the task is queued again
 #     --logs DIR        as in run_local.sh: a directory for each grid, with a log and an exit code of each line
 #     --wait            stay until all tasks have ended, list the failed lines, and exit with 1 if there are any
 #     --dry-run         print what would be submitted
 #
 # Start the same line again to go on: lines that ended well are left out, the others continue by their own --resume, and so
 # does a task that Slurm requeues. A grid of more tasks than the cluster's MaxArraySize becomes several arrays, each of which
-# starts when the one before it has ended, so that --jobs holds for all.
+# starts when the one before it has ended, so that --jobs holds for all. Accounts and the like: sbatch's own environment
+# variables (SBATCH_ACCOUNT, SBATCH_QOS, SBATCH_CONSTRAINT, SBATCH_MEM_PER_CPU).
 set -euo pipefail
+unset CDPATH
 
 per_gpu=1 jobs=64 partition="" gpus=1 cpus=4 limit="" logs=runs/grids waiting=0 dry_run=0
 while [[ $# -gt 0 ]]; do
     case $1 in
+        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
         --wait) waiting=1 ;;
         --dry-run) dry_run=1 ;;
         --per-gpu | --jobs | --partition | --gpus | --cpus | --time | --logs)
@@ -38,7 +41,7 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-for value in "$per_gpu" "$jobs" "$cpus" "$((gpus + 1))"; do
+for value in "$per_gpu" "$jobs" "$cpus" "1$gpus"; do
     if [[ ! $value =~ ^[1-9][0-9]{0,5}$ ]]; then
         echo "error: --per-gpu, --jobs, --gpus and --cpus need numbers" >&2
         exit 2
@@ -48,7 +51,7 @@ if ! command -v sbatch > /dev/null; then
     echo "error: no sbatch here: run this where jobs are submitted, or use run_local.sh" >&2
     exit 1
 fi
-grid=$(grep -v '^[[:space:]]*$' || true)
+grid=$(tr -d '\r\000' | grep -av '^[[:space:]]*$' || true)
 if [[ -z $grid ]]; then
     echo "error: no lines; pipe a grid into this: bash benchmark/table1_atari.sh | bash benchmark/run_slurm.sh" >&2
     exit 2
@@ -56,10 +59,20 @@ fi
 dir=$logs/$(sha256sum <<< "$grid" | cut -c 1-12)
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
+if [[ ! $dir =~ ^[A-Za-z0-9_./+=@:\ -]+$ ]]; then
+    echo "error: $dir: sbatch cannot take such a path; choose another --logs" >&2
+    exit 2
+fi
 cd "$(dirname "$0")/.." # where the lines' python finds the scripts
+exec 9> "$dir/.lock"
+if ! flock -n 9; then
+    echo "error: $dir: another run_slurm.sh or run_local.sh is at work on this grid" >&2
+    exit 1
+fi
 echo "$grid" > "$dir/grid.txt"
 name=grid-$(basename "$dir")
-if [[ $dry_run == 0 && -n $(squeue -h -n "$name" -u "$(id -un)" 2> /dev/null) ]]; then
+queued=$(squeue -h -n "$name" -u "$(id -un)") # an error here ends the script
+if [[ $dry_run == 0 && -n $queued ]]; then
     echo "error: jobs of this grid are queued or running (squeue -n $name); wait, or scancel -n $name" >&2
     exit 1
 fi
@@ -88,7 +101,7 @@ trap stop TERM
 task=$((GRID_OFFSET + SLURM_ARRAY_TASK_ID)) failed=0
 for number in $(sed -n "$((task * GRID_PER_TASK + 1)),$(((task + 1) * GRID_PER_TASK))p" "$GRID_TODO"); do
     [[ $(cat "$GRID_DIR/$number.exit" 2> /dev/null) == 0 ]] && continue # of a task that is queued again
-    setsid bash -c "$(sed -n "${number}p" "$GRID_DIR/grid.txt")" >> "$GRID_DIR/$number.log" 2>&1 < /dev/null &
+    setsid bash -c -- "$(sed -n "${number}p" "$GRID_DIR/grid.txt")" >> "$GRID_DIR/$number.log" 2>&1 < /dev/null &
     lines[$number]=$!
 done
 for number in "${!lines[@]}"; do
@@ -100,7 +113,7 @@ for number in "${!lines[@]}"; do
     echo $code > "$GRID_DIR/$number.exit"
     [[ $code == 0 ]] || failed=1
 done
-if [[ -n ${again:-} && $failed == 1 ]]; then
+if [[ -n ${again:-} && $failed == 1 && $SECONDS -gt 300 ]]; then # with a limit of minutes, this would go on for ever
     scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     sleep 60 # Slurm ends the task
 fi
@@ -135,7 +148,7 @@ fi
 echo "logs in $dir; squeue -n $name shows what is queued, scancel -n $name ends it"
 [[ $waiting == 0 ]] && exit
 
-while [[ -n $(squeue -h -n "$name") ]]; do sleep 2; done
+while queued=$(squeue -h -n "$name") && [[ -n $queued ]]; do sleep 2; done
 failed=0
 for number in $(seq "$(wc -l < "$dir/grid.txt")"); do
     code=$(cat "$dir/$number.exit" 2> /dev/null || echo none)

@@ -8,28 +8,27 @@
 # VIDEOS, in the first stage, says where the DQN Replay dataset's files of each game are; else random play is recorded.
 # ANCHOR=pretrained shrinks the encoder towards its pretrained weights, not towards fresh ones (exp-names in _anchored).
 source "$(dirname "$0")/grid.sh"
-STAGE=${STAGE:-finetune}
-choose STAGE "finetune pretrain"
+choose_one STAGE "finetune pretrain"
 choose GAMES "$ATARI"
 script="python plastic_pretrained_finetune.py"
 
 if [[ $STAGE == pretrain ]]; then
     for game in $GAMES; do
-        echo "$script --mode pretrain --env-id $game${VIDEOS:+ --video-dir ${VIDEOS//"{}"/$game}} --resume$extra"
+        echo "$script --mode pretrain --env-id $game${VIDEOS:+ --video-dir $(printf %q "${VIDEOS//"{}"/$game}")} --resume$extra"
     done
     exit
 fi
 choose METHODS "base reset sam_reset"
 choose RATIOS "2 4"
-ANCHOR=${ANCHOR:-init}
-choose ANCHOR "init pretrained"
+choose_one ANCHOR "init pretrained"
 choose_seeds 5
 models=${MODELS:-"runs/{}__pretrain__1/model.pth"}
 for seed in $SEEDS; do # one seed of everything before the second
     for game in $GAMES; do
         for ratio in $RATIOS; do
+            model=$(printf %q "${models//"{}"/$game}")
             for method in $METHODS; do
-                flags="--pretrained-path ${models//"{}"/$game} --freeze-backbone --replay-ratio $ratio"
+                flags="--pretrained-path $model --freeze-backbone --replay-ratio $ratio"
                 [[ $method == sam* ]] && flags+=" --sam-rho 0.1" || flags+=" --sam-rho 0"
                 [[ $method == *reset ]] && flags+=" --reset-interval 40000" || flags+=" --reset-interval 0"
                 [[ $method == *reset ]] && anchor=$ANCHOR || anchor=init # without resets, nothing is shrunk

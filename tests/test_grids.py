@@ -170,13 +170,17 @@ def test_settings_of_the_other_grids():
 
 
 def test_a_grid_narrowed():
-    env = dict(GAMES="Alien Pong", SEEDS="1 2", METHODS="base plastic", EXTRA="--total-timesteps\n10000")
+    env = dict(
+        GAMES="Alien Pong\nAlien", SEEDS="1 2 1", METHODS="base plastic", EXTRA="--total-timesteps\n10000", rho="5"
+    )
     lines = grid("table1_atari", **env).stdout.splitlines()
     runs = [parsed(line)[1] for line in lines]
     assert [(a.seed, a.env_id, a.exp_name) for a in runs] == [
         (seed, game, method) for seed in (1, 2) for game in ("Alien", "Pong") for method in ("base", "plastic")
     ]
-    assert all(a.total_timesteps == 10_000 and a.resume for a in runs)
+    assert all(a.total_timesteps == 10_000 and a.resume and a.sam_rho in (0, 0.1) for a in runs)
+    (line,) = grid("table3_pretrained", STAGE="pretrain", GAMES="Pong", VIDEOS="my videos/{}").stdout.splitlines()
+    assert shlex.split(line)[-2] == "my videos/Pong"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +190,8 @@ def test_a_grid_narrowed():
         ("table2_scaling", {"RATIOS": "3"}, "RATIOS"), ("table3_pretrained", {"ANCHOR": "no"}, "ANCHOR"),
         ("table4_ablation", {"METHODS": "sam_ln"}, "sam_ln"), ("table1_atari", {"SEEDS": "1 x"}, "SEEDS"),
         ("fig3_synthetic", {"SWEEP": "yes"}, "SWEEP"), ("fig5_sam", {"BENCHMARKS": "synth"}, "synth"),
-        ("fig6_rho_batch", {"METHODS": "sam_batch32"}, "sam_batch32"),
+        ("fig6_rho_batch", {"METHODS": "sam_batch32"}, "sam_batch32"), ("table1_atari", {"METHODS": " "}, "METHODS"),
+        ("table1_atari", {"SEEDS": "01"}, "01"), ("table3_pretrained", {"STAGE": "finetune pretrain"}, "STAGE"),
     ],
 )  # fmt: skip
 def test_what_a_grid_does_not_have(name, env, word):
@@ -208,7 +213,7 @@ def run_local(request, tmp_path):
     needed = (
         "bash sh env grep sha256sum cut mkdir flock wc tr nproc sed cat seq setsid xargs pkill pgrep sleep tail dirname"
     )
-    for tool in [*needed.split(), "mktemp", "rm"] if request.param == "xargs" else []:
+    for tool in [*needed.split(), *"mktemp rm comm sort awk mv touch kill".split()] if request.param == "xargs" else []:
         if shutil.which(tool):
             (tools / tool).symlink_to(shutil.which(tool))
     (tools / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -218,6 +223,7 @@ def run_local(request, tmp_path):
         command = ["bash", ROOT / "benchmark/run_local.sh", "--logs", tmp_path / "logs", *flags]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            errors="surrogateescape",
             env={"PATH": start.path, "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", **env}, start_new_session=True,
         )  # fmt: skip
         with contextlib.suppress(BrokenPipeError):  # it may have ended already
@@ -232,7 +238,7 @@ def run_local(request, tmp_path):
 
 def logs(tmp_path):
     (directory,) = (tmp_path / "logs").iterdir()
-    return {path.name: path.read_text() for path in directory.iterdir()}
+    return {path.name: path.read_text(errors="replace") for path in directory.iterdir()}
 
 
 def test_a_line_that_fails_is_reported_and_the_others_go_on(run_local, tmp_path):
@@ -256,6 +262,37 @@ def test_a_line_that_fails_is_reported_and_the_others_go_on(run_local, tmp_path)
     assert (tmp_path / "n").read_text() == "1\n"  # what ended well is not run again
     process = run_local(["true"])
     assert process.communicate(timeout=60)[0].startswith("1 of 1 lines done") and process.returncode == 0
+
+
+def test_what_is_done_is_what_ended_with_0(run_local, tmp_path):
+    """Whatever the joblog says, or who ran the line; and short lines, many times, do not end the whole too early."""
+    lines = [f"echo {i} >> {tmp_path}/ran" for i in range(1, 4)]
+    for _ in range(15):
+        process = run_local(lines, "-j", "3")
+        assert process.communicate(timeout=60)[0].startswith("3 of 3 lines done")
+        (directory,) = (tmp_path / "logs").iterdir()
+        (directory / "2.exit").write_text("")
+        (directory / "joblog").unlink(missing_ok=True)
+    assert sorted((tmp_path / "ran").read_text().split()) == sorted(["1", "3", *["2"] * 15])
+
+
+def test_bytes_that_are_no_text_are_lines_too(run_local, tmp_path):
+    process = run_local(["echo a\udcff", "echo c\r"], LC_ALL="C.UTF-8")
+    assert process.communicate(timeout=60)[0].startswith("2 of 2 lines done")
+    assert logs(tmp_path)["2.log"] == "c\n"
+
+
+def test_a_driver_that_does_not_work_is_no_gpu(run_local, tmp_path):
+    (run_local.tools / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
+    (run_local.tools / "nvidia-smi").chmod(0o755)
+    command = ["bash", ROOT / "benchmark/run_local.sh", "--logs", tmp_path / "logs"]
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | {
+        "PATH": run_local.path
+    }
+    done = subprocess.run(
+        command, input="echo gpu=$CUDA_VISIBLE_DEVICES", capture_output=True, text=True, env=env, timeout=60
+    )
+    assert done.returncode == 0 and logs(tmp_path)["1.log"] == "gpu=\n"
 
 
 def test_lines_take_the_gpus_in_turn(run_local, tmp_path):
@@ -299,7 +336,7 @@ LONG = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.slee
 LONG += "print('ready', flush=True); time.sleep(600)  # {}"
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_ctrl_c_stops_the_lines_after_their_checkpoints_and_leaves_no_process(run_local, tmp_path, signum, code):
     mark = time.time_ns()
     process = run_local([f'python -c "{LONG.format(mark)}"'] * 2 + ["echo not yet"], "-j", "2")
@@ -398,6 +435,9 @@ def test_a_failing_line_under_slurm(tmp_path):
     done = run_slurm(tmp_path, ["echo fine", "echo wrong; exit 4", "true"], "--wait")
     assert done.returncode == 1 and "2 of 3 lines done" in done.stdout
     assert "failed, exit code 4: echo wrong; exit 4" in done.stderr and done.stderr.strip().endswith("2.log: wrong")
+    for flags, words in ((["--gpus", "a100:1"], "numbers"), (["--logs", "a,b"], "path"), (["--cpus"], "needs a value")):
+        bad = run_slurm(tmp_path, ["true"], *flags)
+        assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and words in bad.stderr
     done = run_slurm(tmp_path, ["echo fine", "echo wrong; exit 4", "true"], "--dry-run")
     assert "--array 0-0%64 " in done.stdout
 
