@@ -20,6 +20,7 @@ figure1.png to figure6.png as far as there are runs for them.
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ SINGLE = {"base": "Base", "sam": "SAM", "ln": "LN", "crelu": "CReLU", "reset": "
 # Of each aggregate: key in the paper's tables, name.
 AGGREGATES = {
     "iqm": "IQM",
-    "median": "median",
+    "median": "median over tasks",
     "mean": "mean",
     "og": "optimality gap",
     "seed_median": "median over seeds",
@@ -81,6 +82,12 @@ PER_TASK = {  # tables of mean returns: file, benchmark, exp-name by column
     }),
     "10": ("table10_dmc.csv", "dmc", {"LayerNorm" if n == "LN" else n: e for e, n in SINGLE.items()}),
 }  # fmt: skip
+# Flags that may differ between runs of a setting.
+APART = set(
+    "env_id seed exp_name run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite evaluate "
+    "eval_interval metrics_interval log_interval capture_video save_model track wandb_project_name wandb_entity "
+    "pretrained_path".split()
+)
 OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # told apart by everyone
 
 Cell = float | int | str | None | tuple[float, float | None, float | None]  # of a tuple: value and its interval
@@ -94,7 +101,7 @@ class Args:
     table: Literal["1", "2", "3", "4", "7", "8", "9", "10"] | None = None  # of the paper
     scores: Path | None = None  # a CSV file of method, task, seed, score instead of runs
     benchmark: Literal["atari", "dmc"] = "atari"  # what the scores are of
-    format: Literal["markdown", "csv", "json"] = "markdown"  # of the tables
+    format: Literal["markdown", "csv", "json"] = "markdown"  # of the tables (json: a line for each)
     plot: Path | None = None  # draw figures in this directory
     last: int = 5  # stages at the end over which the synthetic experiment's accuracy is averaged
     reps: int = 2_000  # bootstrap samples
@@ -123,7 +130,7 @@ def read_results(directories: Iterable[Path]) -> dict[tuple[str, str], dict]:
             flags = result["args"]
             on = {"ln": flags["layer_norm"], "crelu": flags["crelu"], "sam": flags["sam_rho"] > 0}
             on |= {"reset": flags["reset_interval"] > 0}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             fail(f"{path}: not a result of synth_cifar_plasticity.py ({error!r})", 1)
         if key in results:
             fail(f"{path}: another run of {' '.join(key)}; keep one of them there", 1)
@@ -235,9 +242,9 @@ def read_runs(directories: Iterable[Path]) -> list[dict]:
             run |= {"score": float(result["mean_return"]), "steps": int(result["env_steps"]), "path": path.parent}
             run["hours"] = float(result["wall_clock_seconds"]) / 3600
             run["parameters"] = int(result["parameters"])
-            if not np.isfinite(run["score"]):
-                raise ValueError("mean_return")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if not np.isfinite([run["score"], run["hours"]]).all():
+                raise ValueError("mean_return or wall_clock_seconds")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             fail(f"{path}: not a result of these scripts ({error!r})", 1)
         key = tuple(run[name] for name in ("benchmark", "exp_name", "task", "seed", "steps"))
         if key in runs:
@@ -250,29 +257,59 @@ def read_scores(path: Path, benchmark: str) -> list[dict]:
     """The same of a CSV file with the columns method, task, seed, score; without steps and hours."""
     runs: dict[tuple, dict] = {}
     try:
-        with open(path, newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                run = {"benchmark": benchmark, "exp_name": row["method"], "task": row["task"], "steps": None}
-                run |= {"seed": int(row["seed"]), "score": float(row["score"]), "hours": None, "parameters": None}
+        with open(path, newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
+            reader = csv.DictReader(file, strict=True)
+            for column in ("method", "task", "seed", "score"):
+                if column not in (reader.fieldnames or []):
+                    raise ValueError(f"no column {column}")
+            for row in reader:
+                number = reader.line_num
+                try:
+                    run = {"benchmark": benchmark, "exp_name": row["method"], "task": row["task"], "steps": None}
+                    run |= {"seed": int(row["seed"]), "score": float(row["score"]), "hours": None, "parameters": None}
+                except (ValueError, TypeError):
+                    raise ValueError(f"line {number}: {row}") from None
                 key = (run["exp_name"], run["task"], run["seed"])
-                if run["task"] not in ALL_TASKS[benchmark] or not np.isfinite(run["score"]) or key in runs:
+                if run["task"] not in ALL_TASKS[benchmark] or not abs(run["score"]) < 1e100 or key in runs:
                     raise ValueError(f"line {number}: {row}")
-                runs[key] = run
+                runs[key] = run | {"path": path}
     except OSError as error:
         fail(f"--scores {path}: {error.strerror}", 1)
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        what = "needs the columns method, task, seed, score, tasks of the benchmark, finite scores, no line twice"
+    except (ValueError, csv.Error) as error:
+        what = f"needs columns method, task, seed, score, tasks of {benchmark}, finite scores, no line twice"
         fail(f"--scores {path}: {what} ({error})", 1)
     return list(runs.values())
 
 
+def setting(run: dict) -> dict:
+    """What has to be the same in runs that are put together: all flags but those that say which run it is, and how."""
+    by_task = {"action_repeat", "sam_rho", "buffer_size"} if run["benchmark"] == "dmc" else set()  # resolved by task
+    return {name: value for name, value in run.get("args", {}).items() if name not in APART | by_task}
+
+
+def check_name(run: dict) -> None:
+    """End with one line if a run named after interventions has others on."""
+    args, first = run.get("args", {}), run["exp_name"].split("_")[0]
+    if first not in SINGLE or run["benchmark"] == "pretrained" or not {"layer_norm", "crelu"} <= args.keys():
+        return
+    parts = "ln sam crelu reset".split() if first == "plastic" else run["exp_name"].split("_")
+    on = {"ln": args["layer_norm"], "crelu": args["crelu"], "reset": args.get("reset_interval", 0) > 0}
+    on["sam"] = args.get("sam_rho", 0) > 0
+    if any((name in parts) != bool(is_on) for name, is_on in on.items()):
+        fail(f"{run['path']}: its flags are not those of {run['exp_name']}", 1)
+
+
 def choose(runs: list[dict], benchmark: str, exp_name: str) -> list[dict]:
-    """The runs of one setting; ends with one line if they are of more than one."""
+    """The runs of one setting; ends with one line if they are of more than one, or not what their name says."""
     chosen = [run for run in runs if (run["benchmark"], run["exp_name"]) == (benchmark, exp_name)]
-    for name in ("steps", *"layer_norm crelu reset_interval replay_ratio batch_size buffer_size image_size".split()):
-        values = {run[name] if name == "steps" else run.get("args", {}).get(name) for run in chosen}
-        if len(values) > 1 and not (benchmark == "dmc" and name == "buffer_size"):  # which follows the task
-            fail(f"runs of {exp_name} cannot be put together, they differ in {name}: {sorted(values)}", 1)
+    for run in chosen:
+        check_name(run)
+        settings = [{"steps": other["steps"]} | setting(other) for other in (chosen[0], run)]
+        for name in dict.fromkeys([*settings[0], *settings[1]]):
+            one, other = (json.dumps(values.get(name)) for values in settings)
+            if one != other:
+                problem = f"they differ in {name}: {one} in {chosen[0]['path']}, {other} in {run['path']}"
+                fail(f"runs of {exp_name} cannot be put together, {problem}", 1)
     return chosen
 
 
@@ -282,7 +319,9 @@ def score_matrix(runs: list[dict], tasks: list[str], note: Callable[[str], None]
     counts = {task: len(scores) for task, scores in by_task.items()}
     fewest = min(counts.values())
     if max(counts.values()) > fewest:
-        note(f"cut to the {fewest} seeds that all tasks have (up to {max(counts.values())})")
+        note(f"cut to the first {fewest} seeds of each task (of up to {max(counts.values())})")
+    if len({tuple(seed for seed, _ in scores[:fewest]) for scores in by_task.values()}) > 1:
+        note("tasks have different seeds")
     return np.array([[score for _, score in by_task[task][:fewest]] for task in tasks]).T
 
 
@@ -400,7 +439,7 @@ def row_of(runs: list[dict], benchmark: str, exp_name: str, notes: Refused, args
 
 
 def print_rows(title: str, rows: list[dict[str, Cell]], digits: int, form: str) -> None:
-    """A table: Markdown, CSV (an interval in two more columns) or JSON."""
+    """A table: Markdown, CSV (its title first; an interval in two more columns) or a line of JSON."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
 
     def text(cell: Cell) -> str:
@@ -410,8 +449,9 @@ def print_rows(title: str, rows: list[dict[str, Cell]], digits: int, form: str) 
         return "" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
 
     if form == "json":
-        print(json.dumps({"title": title, "rows": rows}, indent=2, ensure_ascii=False))
+        print(json.dumps({"title": title, "rows": rows}, ensure_ascii=False))
     elif form == "csv":
+        print(f"# {title}")
         writer = csv.writer(sys.stdout, lineterminator="\n")
         ranged = {c for c in columns if any(isinstance(row.get(c), tuple) and row[c][1] is not None for row in rows)}
         writer.writerow([name for c in columns for name in ([c, f"{c} low", f"{c} high"] if c in ranged else [c])])
@@ -443,6 +483,8 @@ def print_table_of_aggregates(runs: list[dict], args: Args) -> bool:
                 row |= {"GPU hours": ours.get("hours"), "GPU hours, paper": printed["hours"]}
                 row |= {"million parameters": ours.get("parameters"), "parameters, paper": printed["parameters"]}
             rows.append(row)
+        if not any(row["runs"] for row in rows):
+            notes.append(f"{title}: no runs of {', '.join(name for _, name, _ in shown)}")
         print_rows(title, rows, 1 if benchmark == "dmc" else 3, args.format)
         print("\n".join(notes), file=sys.stderr, end="\n" if notes else "")
     return refused
@@ -453,6 +495,13 @@ def print_table_by_task(runs: list[dict], args: Args) -> None:
     name, benchmark, exp_names = PER_TASK[args.table]
     rows = []
     chosen = {column: choose(runs, benchmark, exp_name) for column, exp_name in exp_names.items()}
+    expected = 2_000_000 if benchmark == "dmc" else 100_000
+    for column, own in chosen.items():
+        missing = [task for task in ALL_TASKS[benchmark] if task not in {run["task"] for run in own}]
+        if missing:
+            print(f"{exp_names[column]}: no runs of {', '.join(missing) if own else 'any task'}", file=sys.stderr)
+        if own and own[0]["steps"] not in (None, expected):
+            print(f"{exp_names[column]}: runs of {own[0]['steps']:,} steps, not of {expected:,}", file=sys.stderr)
     for printed in paper(name):
         row: dict[str, Cell] = {"task": printed["Game"]}
         for column in [column for column in printed if column != "Game"]:
@@ -470,7 +519,6 @@ def print_scores(runs: list[dict], args: Args) -> bool:
     for method in dict.fromkeys(run["exp_name"] for run in runs):
         ours = row_of(runs, args.benchmark, method, notes, args)
         rows.append({"method": method, "runs": ours["runs"]} | {AGGREGATES[n]: ours.get(n) for n in AGGREGATES})
-        rows[-1]["median over tasks"] = rows[-1].pop("median")
     print_rows("human-normalized scores" if args.benchmark == "atari" else "returns", rows,
                1 if args.benchmark == "dmc" else 3, args.format)  # fmt: skip
     print("\n".join(notes), file=sys.stderr, end="\n" if notes else "")
@@ -489,7 +537,7 @@ def add_curves(runs: list[dict]) -> None:
     """To each run its curves, and the returns of its episodes before learning starts, which are a random policy's."""
     for run in runs:
         run["curves"] = read_curves(run)
-        start = run["args"]["learning_starts"] * run["args"].get("action_repeat", 1)
+        start = run["args"].get("learning_starts", 0) * run["args"].get("action_repeat", 1)
         run["random"] = [value for step, value in run["curves"].get("charts/episodic_return", []) if step <= start]
 
 
@@ -735,6 +783,9 @@ def main(args: Args) -> int:
     for name in ("last", "reps", "runs_per_gpu"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}", 2)
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed must be from 0 to {2**32 - 1:,}, not {args.seed}", 2)
+    args.runs = tuple(dict.fromkeys(args.runs))
     if bool(args.runs) == (args.scores is not None):
         fail("directories with runs, or --scores FILE: one of them", 2)
     for directory in args.runs:
@@ -773,4 +824,10 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    try:
+        code = main(tyro.cli(Args))
+        sys.stdout.flush()
+    except OSError as error:  # a closed pipe, a full disk
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        fail(f"cannot write: {error.strerror}", 1)
+    sys.exit(code)
