@@ -522,6 +522,22 @@ def test_a_continued_pretraining_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert {name: tuple(w.shape) for name, w in models[0].items()} == published_layout()
 
 
+def test_every_block_of_every_epoch_is_drawn_anew(tmp_path, monkeypatch):
+    write_video(tmp_path, NAMES[0], 80)
+    monkeypatch.setattr(ft, "BLOCK_FRAMES", 40)
+    draws, draw = [], ft.draw_videos
+
+    def draw_videos(frames, terminals, length, rng):
+        draws.append(rng.random())
+        return draw(frames, terminals, length, rng)
+
+    monkeypatch.setattr(ft, "draw_videos", draw_videos)
+    flags = dict(mode="pretrain", from_scratch=False, video_dir=tmp_path, run_dir=tmp_path, pretrain_epochs=2)
+    for seed in (1, 2):
+        ft.run(make_args(pretrain_batch_size=2, pretrain_length=3, seed=seed, **flags), ft.Stop())
+    assert len(draws) == len(set(draws)) == 8
+
+
 def test_videos_that_lie_in_the_runs_directory_survive_overwrite(tmp_path):
     run_dir = tmp_path / "Alien__x__1"
     run_dir.mkdir()
