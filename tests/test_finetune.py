@@ -302,6 +302,19 @@ def test_each_view_predicts_the_others_projections():
     assert abs(distance(from_one, one) - distance(from_one, other)) > 1e-3
 
 
+def test_an_update_of_the_pretraining_clips_and_steps():
+    torch.manual_seed(0)
+    network, args = ft.SimTPR(width=16, heads=2), make_args(mode="pretrain", from_scratch=False, barlow_weight=10.0)
+    before = [w.detach().clone() for w in network.parameters()]
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    frames = torch.randint(256, (2, 6, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for w in network.parameters():
+        w.grad = torch.full_like(w, 1e6)  # of an update before, to be forgotten
+    ft.pretrain_update(network, optimizer, frames, args, torch.Generator().manual_seed(2))
+    steps = torch.cat([(b - w.detach()).flatten() for b, w in zip(before, network.parameters(), strict=True)])
+    assert steps.norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
 def test_the_pretraining_loss_is_symmetric_and_learns():
     torch.manual_seed(0)
     network, args = ft.SimTPR(width=32), make_args(aug_shift=0, aug_intensity=0.0, barlow_weight=0.5)
