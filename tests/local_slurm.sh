@@ -8,7 +8,10 @@ set -euo pipefail
 dir=/tmp/local-slurm
 host=$(hostname -s)
 if [[ ${1:-start} == stop ]]; then
-    for daemon in slurmctld slurmd munged; do pkill -x "$daemon" || true; done
+    for daemon in slurmctld slurmd munged; do
+        pkill -x "$daemon" || true
+        while pgrep -x "$daemon" > /dev/null; do sleep 0.2; done
+    done
     exit
 fi
 for tool in slurmctld munged parallel; do
@@ -45,8 +48,8 @@ pgrep -x munged > /dev/null || runuser -u munge -- munged --force
 sleep 1
 pgrep -x slurmctld > /dev/null || slurmctld
 pgrep -x slurmd > /dev/null || slurmd
-for _ in $(seq 30); do
-    if [[ $(sinfo -h -o %T 2> /dev/null) == idle ]]; then exit; fi
+for _ in $(seq 10); do # sinfo tries for minutes where nobody answers
+    if [[ $(timeout 5 sinfo -h -o %T 2> /dev/null) == idle ]]; then exit; fi
     sleep 0.5
 done
 echo "error: Slurm did not come up, see $dir/*.log" >&2
