@@ -396,7 +396,7 @@ def run_slurm(tmp_path, lines, *flags):
 def test_a_slurm_array_of_tiny_runs_one_of_them_killed_and_queued_again(tmp_path):
     env = dict(GAMES="Pong", SEEDS="1 2", METHODS="base ln")
     env["EXTRA"] = (
-        "--total-timesteps 300 --learning-starts 20 --batch-size 2 --hidden-dim 8 --n-atoms 5 --buffer-size 500 "
+        "--total-timesteps 200 --learning-starts 20 --batch-size 2 --hidden-dim 8 --n-atoms 5 --buffer-size 500 "
         "--replay-ratio 1 --eval-episodes 1 --device cpu --torch-threads 1 --checkpoint-interval 20 "
         f"--run-dir {tmp_path}/runs"
     )
@@ -408,15 +408,15 @@ def test_a_slurm_array_of_tiny_runs_one_of_them_killed_and_queued_again(tmp_path
     again = run_slurm(tmp_path, lines, "--per-gpu", "2")
     assert again.returncode == 1 and "queued or running" in again.stderr
     checkpoint = tmp_path / "runs" / "Pong__base__1" / "checkpoint.pth"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not checkpoint.exists():
         assert time.monotonic() < end, logs(tmp_path)
         time.sleep(0.05)
     subprocess.run(["scontrol", "requeue", f"{job}_0"], check=True)
     name = f"grid-{next((tmp_path / 'logs').iterdir()).name}"
     # Slurm holds a requeued task back for up to two minutes.
-    subprocess.run(["bash", "-c", f"until scontrol update jobid={job}_0 starttime=now; do sleep 1; done"], timeout=60)
-    end = time.monotonic() + 240
+    subprocess.run(["bash", "-c", f"until scontrol update jobid={job}_0 starttime=now; do sleep 1; done"], timeout=200)
+    end = time.monotonic() + 600
     while subprocess.run(["squeue", "-h", "-n", name], capture_output=True, text=True).stdout:
         assert time.monotonic() < end, logs(tmp_path)
         time.sleep(0.5)
