@@ -742,13 +742,15 @@ def check_like_unbroken(run_dir, steps, num_updates):
 
 
 def kill_again_and_again(tmp_path, num_kills, steps, seconds, seed=0):
-    """SIGKILL at random moments after the start; each time, what is there must be whole."""
+    """SIGKILL at random moments after the start, the first after a checkpoint; what is there must be whole."""
     rng = random.Random(seed)
     flags = ["--total-timesteps", str(steps), "--checkpoint-interval", "20"]
     run_dir = tmp_path / "Alien__x__1"
     for _ in range(num_kills):
-        process = start(tmp_path, *flags)
-        time.sleep(rng.uniform(*seconds))
+        process, first = start(tmp_path, *flags), not (run_dir / "checkpoint.pth").exists()
+        if first:  # on a busy machine, the start alone may take longer than that
+            wait_for((run_dir / "checkpoint.pth").exists, process)
+        time.sleep(rng.uniform(0, 0.5) if first else rng.uniform(*seconds))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "finished before the kill: give it more steps"
