@@ -409,12 +409,11 @@ def aggregate_tables(table: str) -> list[tuple[str, str, list[str], list[tuple[s
     return [("Table 4", "atari", ["iqm"], shown)]
 
 
-class Refused(list):
-    """What could not be aggregated, or only in part: one line each."""
+def row_of(runs: list[dict], benchmark: str, exp_name: str, notes: list[str], args: Args) -> dict[str, Cell]:
+    """All aggregates of one setting, and the number of its runs; without aggregates where tasks are missing.
 
-
-def row_of(runs: list[dict], benchmark: str, exp_name: str, notes: Refused, args: Args) -> dict[str, Cell]:
-    """All aggregates of one setting, and the number of its runs; without aggregates where tasks are missing."""
+    `notes` takes a line on whatever is missing, cut or shorter than in the paper.
+    """
     chosen, tasks = choose(runs, benchmark, exp_name), ALL_TASKS[benchmark]
     there = [task for task in tasks if any(run["task"] == task for run in chosen)]
     row: dict[str, Cell] = {"runs": len(chosen)}
@@ -472,7 +471,7 @@ def print_table_of_aggregates(runs: list[dict], args: Args) -> bool:
     """Tables 1 to 4, ours beside the paper's; whether an aggregate was refused."""
     refused = False
     for title, benchmark, names, shown in aggregate_tables(args.table):
-        rows, notes = [], Refused()
+        rows, notes = [], []
         for label, exp_name, printed in shown:
             ours = row_of(runs, benchmark, exp_name, notes, args)
             refused |= "refused" in ours
@@ -515,7 +514,7 @@ def print_table_by_task(runs: list[dict], args: Args) -> None:
 
 def print_scores(runs: list[dict], args: Args) -> bool:
     """All aggregates of each method; whether one was refused."""
-    rows, notes = [], Refused()
+    rows, notes = [], []
     for method in dict.fromkeys(run["exp_name"] for run in runs):
         ours = row_of(runs, args.benchmark, method, notes, args)
         rows.append({"method": method, "runs": ours["runs"]} | {AGGREGATES[n]: ours.get(n) for n in AGGREGATES})
@@ -623,7 +622,7 @@ PANELS = {
 
 def plot_panels(runs: list[dict], figure_name: str, path: Path, args: Args) -> None:
     """Figure 5 or 6: bars of the IQM; nothing where no panel has two bars."""
-    panels, notes = [], Refused()
+    panels, notes = [], []
     for title, benchmark, exp_names in PANELS[figure_name]:
         rows = {label: row_of(runs, benchmark, name, notes, args) for label, name in exp_names.items()}
         cells = {label: row["iqm"] for label, row in rows.items() if "iqm" in row}
@@ -678,7 +677,7 @@ def plot_figure4(runs: list[dict], path: Path) -> None:
 
 def plot_figure1(runs: list[dict], path: Path, args: Args) -> None:
     """IQM against GPU hours a run: ours as lines over the replay ratio, the paper's table as points."""
-    notes = Refused()
+    notes = []
     (_, benchmark, _, shown), *_ = aggregate_tables("2")
     ours = {label: row_of(runs, benchmark, name, notes, args) for label, name, _ in shown}
     ours = {label: row for label, row in ours.items() if "iqm" in row and "hours" in row}
@@ -711,7 +710,7 @@ def plot_figure1(runs: list[dict], path: Path, args: Args) -> None:
 
 def plot_figure2(runs: list[dict], synthetic: dict[tuple[str, str], dict], path: Path, args: Args) -> None:
     """A point per method: accuracy on the input against the label task (left), IQM on Atari against Control (right)."""
-    panels, notes = [], Refused()
+    panels, notes = [], []
     late = {key: np.mean(list(late_accuracy(result, args.last).values())) for key, result in synthetic.items()}
     points = {
         m: (late["input", m], late["label", m]) for m in SINGLE if all((t, m) in late for t in ("input", "label"))
@@ -742,7 +741,7 @@ def plot_intervals(runs: list[dict], path: Path, args: Args) -> None:
     if args.scores is not None and not tables:
         methods = dict.fromkeys(run["exp_name"] for run in runs)
         tables = [("", args.benchmark, ["iqm", "median", "mean", "og"], [(name, name, {}) for name in methods])]
-    notes = Refused()
+    notes = []
     for title, benchmark, names, shown in tables:
         rows = {label: row_of(runs, benchmark, name, notes, args) for label, name, _ in shown}
         rows = {label: row for label, row in rows.items() if "iqm" in row}
