@@ -16,11 +16,18 @@ of the setting that result.json names the best), and the returns of all other ru
 
 --plot draws what the runs give: curves.png (each run's evaluations), intervals.png (the table's aggregates), and
 figure1.png to figure6.png as far as there are runs for them.
+
+--readme FILE redraws all that a Markdown file shows: between each `<!-- report.py FLAGS -->` and the next
+`<!-- end of report -->`, it puts what these flags print.
 """
 
+import contextlib
 import csv
+import io
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -108,6 +115,7 @@ class Args:
     seed: int = 0  # of the bootstrap
     runs_per_gpu: int = 1  # runs that shared a GPU: their hours are divided by it (appendix A.1)
     allow_missing: bool = False  # aggregate over the tasks that are there
+    readme: Path | None = None  # instead of all this: a Markdown file, whose reports are made anew
 
 
 def read_results(directories: Iterable[Path]) -> dict[tuple[str, str], dict]:
@@ -540,8 +548,20 @@ def add_curves(runs: list[dict]) -> None:
         run["random"] = [value for step, value in run["curves"].get("charts/episodic_return", []) if step <= start]
 
 
+def paper_returns() -> dict[tuple[str, str, str], float]:
+    """{(benchmark, exp_name, task): mean return} of the paper's tables by task, at full length."""
+    return {
+        (benchmark, exp_name, row["Game"]): float(row[column])
+        for name, benchmark, exp_names in PER_TASK.values()
+        for row in paper(name)
+        for column, exp_name in exp_names.items()
+        if row[column]
+    }
+
+
 def print_returns(runs: list[dict], args: Args) -> None:
     """A row per task, name and length."""
+    printed = paper_returns()
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         groups.setdefault((run["task"], run["exp_name"], run["steps"]), []).append(run)
@@ -553,9 +573,34 @@ def print_returns(runs: list[dict], args: Args) -> None:
         row = {"task": task, "run": exp_name, "steps": f"{steps:,}"}
         row["random policy"] = f"{np.mean(random):.1f} ({len(random)} episodes)" if random else ""
         row |= {"mean return": (float(scores.mean()), low, high), "seeds": len(group)}
+        row["paper, full length"] = printed.get((group[0]["benchmark"], exp_name, task))
         row["hours a run"] = f"{np.mean([run['hours'] for run in group]):.1f}"
         rows.append(row)
     print_rows("Returns", rows, 1, args.format)
+
+
+METRICS = {  # of Figure 4, by tag
+    "plasticity/hessian_max_eigenvalue": "largest eigenvalue of the Hessian",
+    "plasticity/active_units/head": "active units, head",
+    "plasticity/active_units/backbone": "active units, backbone",
+}
+
+
+def print_metrics(runs: list[dict], args: Args) -> None:
+    """A row per task and name: Figure 4's metrics, each the median over the second half of every run's measurements."""
+    groups: dict[tuple, list[dict]] = {}
+    for run in runs:
+        if any(run["curves"].get(tag) for tag in METRICS):
+            groups.setdefault((run["task"], run["exp_name"]), []).append(run)
+    rows = []
+    for (task, exp_name), group in groups.items():
+        row: dict[str, Cell] = {"task": task, "run": exp_name, "seeds": len(group)}
+        for tag, title in METRICS.items():
+            late = [curve[len(curve) // 2 :] for run in group if (curve := run["curves"].get(tag))]
+            row[title] = f"{np.median([value for curve in late for _, value in curve]):.3g}" if late else ""
+        rows.append(row)
+    if rows:
+        print_rows("Plasticity, the median of each run's second half", rows, 3, args.format)
 
 
 # --- Figures of reinforcement learning --------------------------------------------------------------------------------
@@ -643,16 +688,11 @@ def plot_panels(runs: list[dict], figure_name: str, path: Path, args: Args) -> N
 def plot_figure4(runs: list[dict], path: Path) -> None:
     """Largest eigenvalue and active units over time, a line per method: mean over runs, with the range of the runs."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    panels = {
-        "hessian_max_eigenvalue": "largest eigenvalue of the Hessian",
-        "active_units/head": "active units, head",
-        "active_units/backbone": "active units, backbone",
-    }
     drawn = False
-    for axis, (tag, title) in zip(axes, panels.items(), strict=True):
+    for axis, (tag, title) in zip(axes, METRICS.items(), strict=True):
         for colour, (exp_name, label) in zip(OKABE_ITO, SINGLE.items(), strict=False):
             names = (exp_name, f"{exp_name}_metrics")
-            curves = [run["curves"].get(f"plasticity/{tag}") for run in runs if run["exp_name"] in names]
+            curves = [run["curves"].get(tag) for run in runs if run["exp_name"] in names]
             values: dict[int, list[float]] = {}
             for step, value in [point for curve in curves if curve for point in curve]:
                 values.setdefault(step, []).append(value)
@@ -777,11 +817,39 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def redraw(readme: Path) -> int:
+    """Make the reports in a Markdown file anew, where it names their flags; 1 if an aggregate was refused."""
+    start, end = "<!-- report.py ", "<!-- end of report -->"
+    codes = []
+
+    def report(match: re.Match) -> str:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            codes.append(main(tyro.cli(Args, args=shlex.split(match[1]))))
+        return f"{start}{match[1]} -->\n\n{output.getvalue().strip()}\n\n{end}"
+
+    try:
+        text = readme.read_text(encoding="utf-8")
+        if not text.count(start) == text.count(end) == len(blocks := re.findall(f"{start}.*?{end}", text, re.DOTALL)):
+            fail(f"--readme {readme}: a {start}FLAGS --> without its {end}, or the other way round", 1)
+        if not blocks:
+            fail(f"--readme {readme}: no {start}FLAGS --> in it", 1)
+        text = re.sub(f"{start}(.*?) -->.*?{end}", report, text, flags=re.DOTALL)
+        write_atomically(readme, lambda file: file.write(text.encode()))
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--readme {readme}: {error}", 1)
+    return max(codes)
+
+
 def main(args: Args) -> int:
     """Print the tables, draw the figures; 1 if an aggregate was refused."""
     for name in ("last", "reps", "runs_per_gpu"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}", 2)
+    if args.readme is not None:
+        if args != Args(readme=args.readme):
+            fail("--readme: the flags of the reports are in the file; none beside it", 2)
+        return redraw(args.readme)
     if not 0 <= args.seed < 2**32:
         fail(f"--seed must be from 0 to {2**32 - 1:,}, not {args.seed}", 2)
     args.runs = tuple(dict.fromkeys(args.runs))
@@ -808,6 +876,7 @@ def main(args: Args) -> int:
         print_table(synthetic, args.last)
     if args.table is None and args.scores is None and runs:
         print_returns(runs, args)
+        print_metrics(runs, args)
     if args.plot is not None:
         if any(method == "base" for _, method in synthetic):
             plot_figure3(synthetic, args.last, args.plot / "figure3.png")

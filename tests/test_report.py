@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -391,8 +392,8 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
     rows = capsys.readouterr().out.splitlines()[4:-1]
     assert rows == [
-        "| reacher-easy | plastic | 2,000 |  | 800.0 | 1 | 2.0 |",
-        "| walker-run | base | 2,000 | 30.0 (3 episodes) | 350.0 [300.0, 400.0] | 2 | 2.0 |",
+        "| reacher-easy | plastic | 2,000 |  | 800.0 | 1 | 879.7 | 2.0 |",
+        "| walker-run | base | 2,000 | 30.0 (3 episodes) | 350.0 [300.0, 400.0] | 2 | 632.9 | 2.0 |",
     ]
     assert set(figures) == {"curves.png"}
     reacher, walker = figures["curves.png"].axes[:2]
@@ -441,6 +442,68 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     assert points["SAM"] == pytest.approx([0.1, 100], abs=1e-6)
     ours = [line for line in figures["figure1.png"].axes[0].get_lines() if line.get_label() == "PLASTIC, ours"]
     assert ours[0].get_xydata().tolist() == [pytest.approx([2.0, 0.6])]
+
+
+def test_plasticity_metrics_by_hand(tmp_path, capsys):
+    scalars = {"plasticity/hessian_max_eigenvalue": [(1, 9.0), (2, 1.0), (3, 3.0)]}
+    write_run(tmp_path, "Pong", "base_metrics", 1, 0.0, scalars=scalars)
+    scalars = {"plasticity/hessian_max_eigenvalue": [(1, 9.0), (2, 2.0), (3, 4.5)]}
+    scalars |= {"plasticity/active_units/head": [(1, 0.75), (2, 0.25)]}
+    write_run(tmp_path, "Pong", "base_metrics", 2, 0.0, scalars=scalars)
+    write_run(tmp_path, "Pong", "sam", 1, 0.0)  # has none
+    assert report.main(report.Args(runs=(tmp_path,))) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "| Pong | base_metrics | 2 | 2.5 | 0.25 |  |"
+
+
+# --- The reports of a Markdown file -----------------------------------------------------------------------------------
+
+
+def test_reports_in_a_file_are_made_anew(tmp_path, capsys):
+    for name, score in (("one", 1.25), ("two", 2.5)):
+        write_run(tmp_path / name, "Pong", "base", 1, score)
+    block = "<!-- report.py {} -->\n{}\n<!-- end of report -->\n"
+    readme = tmp_path / "README.md"
+    flags = [f"{tmp_path / 'one'} --format csv", f"{tmp_path / 'two'} --format csv"]
+    readme.write_text("a\n" + block.format(flags[0], "old") + "b\n" + block.format(flags[1], "") + "c\n")
+    for _ in range(2):  # the second time changes nothing
+        assert report.main(report.Args(readme=readme)) == 0
+        tables = [
+            f'\n# Returns\ntask,run,steps,random policy,mean return,seeds,"paper, full length",hours a run\n'
+            f'Pong,base,"100,000",,{score},1,-8.8,2.0\n'
+            for score in (1.2, 2.5)
+        ]
+        expected = "a\n" + block.format(flags[0], tables[0]) + "b\n" + block.format(flags[1], tables[1]) + "c\n"
+        assert readme.read_text() == expected
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", [
+    "none", "<!-- report.py x -->", "<!-- end of report -->", "<!-- end of report --> <!-- report.py x -->",
+    "<!-- report.py a --> <!-- report.py b --> <!-- end of report --> <!-- end of report -->",
+    "<!-- report.py nowhere --> <!-- end of report -->", "\xff",
+])  # fmt: skip
+def test_a_file_whose_reports_cannot_be_made_stays(tmp_path, text, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(text.encode("latin-1"))
+    with pytest.raises(SystemExit) as exit_info:
+        report.main(report.Args(readme=readme))
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert readme.read_bytes() == text.encode("latin-1")
+
+
+def test_readme_shows_what_its_results_give(tmp_path, capsys, monkeypatch, figures):
+    """Its tables are those that the results in the repository give; its figures are there."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text()
+    copy = tmp_path / "README.md"
+    copy.write_text(text)
+    assert report.main(report.Args(readme=copy)) == 0
+    assert copy.read_text() == text
+    shown = re.findall(r"\]\((benchmark/results/[^)]+\.png)\)", text)
+    assert shown
+    assert all((ROOT / path).exists() for path in shown)
+    assert {Path(path).name for path in shown} <= figures.keys()
 
 
 def test_figures_are_written_as_pictures(tmp_path):
