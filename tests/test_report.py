@@ -480,16 +480,33 @@ def test_reports_in_a_file_are_made_anew(tmp_path, capsys):
 @pytest.mark.parametrize("text", [
     "none", "<!-- report.py x -->", "<!-- end of report -->", "<!-- end of report --> <!-- report.py x -->",
     "<!-- report.py a --> <!-- report.py b --> <!-- end of report --> <!-- end of report -->",
+    "<!-- report.py RUNS --> <!-- end of report --> <!-- end of report -->",
+    "<!-- report.py RUNS --> <!-- report.py RUNS --> <!-- end of report -->",
     "<!-- report.py nowhere --> <!-- end of report -->", "\xff",
 ])  # fmt: skip
 def test_a_file_whose_reports_cannot_be_made_stays(tmp_path, text, capsys):
     readme = tmp_path / "README.md"
+    write_run(tmp_path / "runs", "Pong", "base", 1, 0.0)
+    text = text.replace("RUNS", str(tmp_path / "runs"))
     readme.write_bytes(text.encode("latin-1"))
     with pytest.raises(SystemExit) as exit_info:
         report.main(report.Args(readme=readme))
     assert exit_info.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert readme.read_bytes() == text.encode("latin-1")
+
+
+def test_a_refused_aggregate_in_a_file(tmp_path, capsys):
+    write_run(tmp_path / "runs", "Pong", "base", 1, 0.0)
+    readme = tmp_path / "README.md"
+    block = "<!-- report.py {} -->\nold\n<!-- end of report -->\n"
+    readme.write_text(block.format(f"{tmp_path / 'runs'} --table 1") + block.format(f"{tmp_path / 'runs'} --table 7"))
+    assert report.main(report.Args(readme=readme)) == 1
+    assert "old" not in readme.read_text()
+    with pytest.raises(SystemExit) as exit_info:
+        report.main(report.Args(readme=readme, table="1"))
+    assert exit_info.value.code == 2
+    assert "none beside it" in capsys.readouterr().err
 
 
 def test_readme_shows_what_its_results_give(tmp_path, capsys, monkeypatch, figures):
