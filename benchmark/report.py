@@ -249,6 +249,7 @@ def read_runs(directories: Iterable[Path]) -> list[dict]:
             run |= {"benchmark": SCRIPTS[result["script"]], "task": str(result["env_id"]), "seed": int(result["seed"])}
             run |= {"score": float(result["mean_return"]), "steps": int(result["env_steps"]), "path": path.parent}
             run["hours"] = float(result["wall_clock_seconds"]) / 3600
+            run["returns"] = [float(value) for value in result["episode_returns"]]
             run["parameters"] = int(result["parameters"])
             if not np.isfinite([run["score"], run["hours"]]).all():
                 raise ValueError("mean_return or wall_clock_seconds")
@@ -540,12 +541,26 @@ def read_curves(run: dict) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted((e.step * repeat, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
 
 
-def add_curves(runs: list[dict]) -> None:
-    """To each run its curves, and the returns of its episodes before learning starts, which are a random policy's."""
+def add_curves(runs: list[dict]) -> list[dict]:
+    """The runs, each with its curves and a random policy's returns.
+
+    "first": of its own episodes before learning starts; "random": of a run named random with --eval-epsilon 1 on the
+    same task, which itself is left out.
+    """
+    randomly = [run for run in runs if run["exp_name"] == "random" and run["args"].get("eval_epsilon") == 1]
+    by_task = {(run["benchmark"], run["task"]): run["returns"] for run in randomly}
+    runs = [run for run in runs if run not in randomly]
     for run in runs:
         run["curves"] = read_curves(run)
         start = run["args"].get("learning_starts", 0) * run["args"].get("action_repeat", 1)
-        run["random"] = [value for step, value in run["curves"].get("charts/episodic_return", []) if step <= start]
+        run["first"] = [value for step, value in run["curves"].get("charts/episodic_return", []) if step <= start]
+        run["random"] = by_task.get((run["benchmark"], run["task"]), [])
+    return runs
+
+
+def random_returns(runs: list[dict]) -> list[float]:
+    """A random policy's returns on the task of these runs: measured apart, or else their first episodes."""
+    return runs[0]["random"] or [value for run in runs for value in run["first"]]
 
 
 def paper_returns() -> dict[tuple[str, str, str], float]:
@@ -568,7 +583,7 @@ def print_returns(runs: list[dict], args: Args) -> None:
     rows = []
     for (task, exp_name, steps), group in groups.items():
         scores = np.array([run["score"] for run in group])
-        random = [value for run in group for value in run["random"]]
+        random = random_returns(group)
         low, high = bootstrap_interval(scores) if len(scores) > 1 else (None, None)
         row = {"task": task, "run": exp_name, "steps": f"{steps:,}"}
         row["random policy"] = f"{np.mean(random):.1f} ({len(random)} episodes)" if random else ""
@@ -624,7 +639,7 @@ def plot_curves(runs: list[dict], path: Path) -> None:
             colour = OKABE_ITO[names.index(run["exp_name"]) % len(OKABE_ITO)]
             steps, returns = zip(*run["curves"]["eval/mean_return"], strict=True)
             axis.plot(np.array(steps) / 1000, returns, "o-", ms=3, color=colour, label=run["exp_name"])
-        random = [value for run in runs if run["task"] == task for value in run["random"]]
+        random = random_returns([run for run in runs if run["task"] == task])
         if random:
             axis.axhline(np.mean(random), color="gray", linestyle="--", label="random policy")
         axis.set(title=task, xlabel="thousand environment steps", ylabel="mean return")
@@ -711,7 +726,7 @@ def plot_figure4(runs: list[dict], path: Path) -> None:
     if not drawn:
         plt.close(figure)
         return
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     save(figure, path)
 
 
@@ -870,7 +885,7 @@ def main(args: Args) -> int:
     elif args.scores is not None:
         refused = print_scores(runs, args)
     if args.runs and (args.table is None or args.plot is not None):
-        add_curves(runs)
+        runs = add_curves(runs)
     if args.table is None and synthetic:
         args.last = min(args.last, *(result["test_accuracy"].shape[1] for result in synthetic.values()))
         print_table(synthetic, args.last)

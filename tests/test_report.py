@@ -123,7 +123,8 @@ def write_run(runs, task, exp_name, seed, score, script=ATARI, steps=100_000, sc
                     writer.add_scalar(tag, value, step)
     args = {"learning_starts": 100, "replay_ratio": 2} | args
     result = {"script": script, "env_id": task, "exp_name": exp_name, "seed": seed, "args": args, "mean_return": score,
-              "env_steps": steps, "wall_clock_seconds": 7200.0, "parameters": 6_800_000}  # fmt: skip
+              "episode_returns": [score - 1, score + 1], "env_steps": steps,
+              "wall_clock_seconds": 7200.0, "parameters": 6_800_000}  # fmt: skip
     (directory / "result.json").write_text(json.dumps(result))
 
 
@@ -442,6 +443,23 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     assert points["SAM"] == pytest.approx([0.1, 100], abs=1e-6)
     ours = [line for line in figures["figure1.png"].axes[0].get_lines() if line.get_label() == "PLASTIC, ours"]
     assert ours[0].get_xydata().tolist() == [pytest.approx([2.0, 0.6])]
+
+
+def test_a_random_policy_measured_apart(tmp_path, capsys, figures):
+    scalars = {"eval/mean_return": [(500, 90.0)], "charts/episodic_return": [(50, 20.0)]}
+    for seed in (1, 2):
+        write_run(tmp_path, "Pong", "base", seed, 5.0, scalars=scalars)
+    write_run(tmp_path, "Krull", "base", 1, 5.0, scalars=scalars)
+    write_run(tmp_path, "Pong", "random", 1, -20.0, scalars=scalars, eval_epsilon=1.0)
+    assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
+    assert capsys.readouterr().out.splitlines()[4:-1] == [
+        "| Krull | base | 100,000 | 20.0 (1 episodes) | 5.0 | 1 | 3612.1 | 2.0 |",
+        "| Pong | base | 100,000 | -20.0 (2 episodes) | 5.0 [5.0, 5.0] | 2 | -8.8 | 2.0 |",
+    ]
+    krull, pong = figures["curves.png"].axes[:2]
+    assert set(krull.get_lines()[-1].get_ydata()) == {20.0}
+    assert set(pong.get_lines()[-1].get_ydata()) == {-20.0}
+    assert [text.get_text() for text in pong.get_legend().get_texts()] == ["base", "random policy"]
 
 
 def test_plasticity_metrics_by_hand(tmp_path, capsys):

@@ -99,7 +99,7 @@ def test_readme_names_only_flags_that_exist():
     fields = {"--" + name.replace("_", "-") for name in names}
     fields |= {flag.replace("--", "--no-", 1) for flag in fields}
     elsewhere = "--help --logdir --json --script --plot --rounds --model"  # of tyro, TensorBoard and benchmark/
-    elsewhere += " --no-mps --partition --jobs --per-gpu --time --dry-run --table --scores --allow-missing"
+    elsewhere += " --no-mps --partition --jobs --per-gpu --time --dry-run --table --scores --allow-missing --readme"
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert flags - set(elsewhere.split()) <= fields
     interventions = {"--layer-norm", "--crelu", "--sam-rho", "--reset-interval", "--shrink-perturb-alpha"}
