@@ -251,8 +251,8 @@ def read_runs(directories: Iterable[Path]) -> list[dict]:
             run["hours"] = float(result["wall_clock_seconds"]) / 3600
             run["returns"] = [float(value) for value in result["episode_returns"]]
             run["parameters"] = int(result["parameters"])
-            if not np.isfinite([run["score"], run["hours"]]).all():
-                raise ValueError("mean_return or wall_clock_seconds")
+            if not np.isfinite([run["score"], run["hours"], *run["returns"]]).all() or not run["returns"]:
+                raise ValueError("mean_return, episode_returns or wall_clock_seconds")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             fail(f"{path}: not a result of these scripts ({error!r})", 1)
         key = tuple(run[name] for name in ("benchmark", "exp_name", "task", "seed", "steps"))
@@ -548,8 +548,12 @@ def add_curves(runs: list[dict]) -> list[dict]:
     same task, which itself is left out.
     """
     randomly = [run for run in runs if run["exp_name"] == "random" and run["args"].get("eval_epsilon") == 1]
-    by_task = {(run["benchmark"], run["task"]): run["returns"] for run in randomly}
+    by_task: dict[tuple, list[float]] = {}
+    for run in randomly:
+        by_task.setdefault((run["benchmark"], run["task"]), []).extend(run["returns"])
     runs = [run for run in runs if run not in randomly]
+    if randomly and not runs:
+        fail("no runs there but of a random policy", 1)
     for run in runs:
         run["curves"] = read_curves(run)
         start = run["args"].get("learning_starts", 0) * run["args"].get("action_repeat", 1)
@@ -579,16 +583,16 @@ def print_returns(runs: list[dict], args: Args) -> None:
     printed = paper_returns()
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
-        groups.setdefault((run["task"], run["exp_name"], run["steps"]), []).append(run)
+        groups.setdefault((run["benchmark"], run["task"], run["exp_name"], run["steps"]), []).append(run)
     rows = []
-    for (task, exp_name, steps), group in groups.items():
+    for (benchmark, task, exp_name, steps), group in groups.items():
         scores = np.array([run["score"] for run in group])
         random = random_returns(group)
         low, high = bootstrap_interval(scores) if len(scores) > 1 else (None, None)
         row = {"task": task, "run": exp_name, "steps": f"{steps:,}"}
         row["random policy"] = f"{np.mean(random):.1f} ({len(random)} episodes)" if random else ""
         row |= {"mean return": (float(scores.mean()), low, high), "seeds": len(group)}
-        row["paper, full length"] = printed.get((group[0]["benchmark"], exp_name, task))
+        row["paper, full length"] = printed.get((benchmark, exp_name, task))
         row["hours a run"] = f"{np.mean([run['hours'] for run in group]):.1f}"
         rows.append(row)
     print_rows("Returns", rows, 1, args.format)
@@ -606,10 +610,10 @@ def print_metrics(runs: list[dict], args: Args) -> None:
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         if any(run["curves"].get(tag) for tag in METRICS):
-            groups.setdefault((run["task"], run["exp_name"]), []).append(run)
+            groups.setdefault((run["benchmark"], run["task"], run["exp_name"], run["steps"]), []).append(run)
     rows = []
-    for (task, exp_name), group in groups.items():
-        row: dict[str, Cell] = {"task": task, "run": exp_name, "seeds": len(group)}
+    for (_, task, exp_name, steps), group in groups.items():
+        row: dict[str, Cell] = {"task": task, "run": exp_name, "steps": f"{steps:,}", "seeds": len(group)}
         for tag, title in METRICS.items():
             late = [curve[len(curve) // 2 :] for run in group if (curve := run["curves"].get(tag))]
             row[title] = f"{np.median([value for curve in late for _, value in curve]):.3g}" if late else ""
@@ -835,24 +839,35 @@ def save(figure: plt.Figure, path: Path) -> None:
 def redraw(readme: Path) -> int:
     """Make the reports in a Markdown file anew, where it names their flags; 1 if an aggregate was refused."""
     start, end = "<!-- report.py ", "<!-- end of report -->"
-    codes = []
+    block = re.compile(f"{start}([^\\n]+?) -->.*?{end}", re.DOTALL)
+    codes, what = [], f"--readme {readme}"
 
     def report(match: re.Match) -> str:
-        output = io.StringIO()
+        flags, output = match[1], io.StringIO()
+        try:
+            args = shlex.split(flags)
+        except ValueError as error:
+            fail(f"{what}: {flags}: {error}", 1)
+        if {"--help", "-h", "--readme"} & set(args):
+            fail(f"{what}: {flags}: makes no report", 1)
         with contextlib.redirect_stdout(output):
-            codes.append(main(tyro.cli(Args, args=shlex.split(match[1]))))
-        return f"{start}{match[1]} -->\n\n{output.getvalue().strip()}\n\n{end}"
+            codes.append(main(tyro.cli(Args, args=args)))
+        tables = output.getvalue().strip().replace("\n", newline)
+        return f"{start}{flags} -->{newline * 2}{tables}{newline * 2}{end}"
 
     try:
-        text = readme.read_text(encoding="utf-8")
-        if not text.count(start) == text.count(end) == len(blocks := re.findall(f"{start}.*?{end}", text, re.DOTALL)):
-            fail(f"--readme {readme}: a {start}FLAGS --> without its {end}, or the other way round", 1)
-        if not blocks:
-            fail(f"--readme {readme}: no {start}FLAGS --> in it", 1)
-        text = re.sub(f"{start}(.*?) -->.*?{end}", report, text, flags=re.DOTALL)
-        write_atomically(readme, lambda file: file.write(text.encode()))
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--readme {readme}: {error}", 1)
+        path = readme.resolve()  # of a link, the file
+        before = path.read_bytes()
+        text = before.decode()
+        newline = "\r\n" if "\r\n" in text else "\n"
+        if not text.count(start) == text.count(end) == len(block.findall(text)) > 0:
+            fail(f"{what}: needs {start}FLAGS --> and {end}, one after the other", 1)
+        text = block.sub(report, text)
+        if path.read_bytes() != before:
+            fail(f"{what}: changed in the meantime; run it again", 1)
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except (OSError, UnicodeError) as error:
+        fail(f"{what}: {error}", 1)
     return max(codes)
 
 

@@ -451,14 +451,15 @@ def test_a_random_policy_measured_apart(tmp_path, capsys, figures):
         write_run(tmp_path, "Pong", "base", seed, 5.0, scalars=scalars)
     write_run(tmp_path, "Krull", "base", 1, 5.0, scalars=scalars)
     write_run(tmp_path, "Pong", "random", 1, -20.0, scalars=scalars, eval_epsilon=1.0)
+    write_run(tmp_path, "Pong", "random", 2, -17.0, scalars=scalars, eval_epsilon=1.0)
     assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
     assert capsys.readouterr().out.splitlines()[4:-1] == [
         "| Krull | base | 100,000 | 20.0 (1 episodes) | 5.0 | 1 | 3612.1 | 2.0 |",
-        "| Pong | base | 100,000 | -20.0 (2 episodes) | 5.0 [5.0, 5.0] | 2 | -8.8 | 2.0 |",
+        "| Pong | base | 100,000 | -18.5 (4 episodes) | 5.0 [5.0, 5.0] | 2 | -8.8 | 2.0 |",
     ]
     krull, pong = figures["curves.png"].axes[:2]
     assert set(krull.get_lines()[-1].get_ydata()) == {20.0}
-    assert set(pong.get_lines()[-1].get_ydata()) == {-20.0}
+    assert set(pong.get_lines()[-1].get_ydata()) == {-18.5}
     assert [text.get_text() for text in pong.get_legend().get_texts()] == ["base", "random policy"]
 
 
@@ -470,7 +471,7 @@ def test_plasticity_metrics_by_hand(tmp_path, capsys):
     write_run(tmp_path, "Pong", "base_metrics", 2, 0.0, scalars=scalars)
     write_run(tmp_path, "Pong", "sam", 1, 0.0)  # has none
     assert report.main(report.Args(runs=(tmp_path,))) == 0
-    assert capsys.readouterr().out.splitlines()[-2] == "| Pong | base_metrics | 2 | 2.5 | 0.25 |  |"
+    assert capsys.readouterr().out.splitlines()[-2] == "| Pong | base_metrics | 100,000 | 2 | 2.5 | 0.25 |  |"
 
 
 # --- The reports of a Markdown file -----------------------------------------------------------------------------------
@@ -500,6 +501,8 @@ def test_reports_in_a_file_are_made_anew(tmp_path, capsys):
     "<!-- report.py a --> <!-- report.py b --> <!-- end of report --> <!-- end of report -->",
     "<!-- report.py RUNS --> <!-- end of report --> <!-- end of report -->",
     "<!-- report.py RUNS --> <!-- report.py RUNS --> <!-- end of report -->",
+    "<!-- report.py RUNS--> <!-- end of report -->", "<!-- report.py it's --> <!-- end of report -->",
+    "<!-- report.py --help --> <!-- end of report -->", "<!-- report.py --readme README.md --> <!-- end of report -->",
     "<!-- report.py nowhere --> <!-- end of report -->", "\xff",
 ])  # fmt: skip
 def test_a_file_whose_reports_cannot_be_made_stays(tmp_path, text, capsys):
@@ -512,6 +515,18 @@ def test_a_file_whose_reports_cannot_be_made_stays(tmp_path, text, capsys):
     assert exit_info.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert readme.read_bytes() == text.encode("latin-1")
+
+
+def test_a_link_and_line_ends_of_a_file_stay(tmp_path):
+    write_run(tmp_path / "runs", "Pong", "base", 1, 0.0)
+    file, link = tmp_path / "file.md", tmp_path / "link.md"
+    file.write_bytes(f"\ufeffa\r\n<!-- report.py {tmp_path / 'runs'} -->\r\n<!-- end of report -->\r\n".encode())
+    link.symlink_to(file)
+    assert report.main(report.Args(readme=link)) == 0
+    assert link.is_symlink()
+    content = file.read_bytes()
+    assert content.startswith("\ufeffa\r\n".encode())
+    assert content.count(b"\n") == content.count(b"\r\n") > 5
 
 
 def test_a_refused_aggregate_in_a_file(tmp_path, capsys):
