@@ -251,6 +251,8 @@ def read_runs(directories: Iterable[Path]) -> list[dict]:
             run["hours"] = float(result["wall_clock_seconds"]) / 3600
             run["returns"] = [float(value) for value in result["episode_returns"]]
             run["parameters"] = int(result["parameters"])
+            run["action_repeat"] = int(run["args"].get("action_repeat", 1))
+            run["first_steps"] = int(run["args"].get("learning_starts", 0)) * run["action_repeat"]
             if not np.isfinite([run["score"], run["hours"], *run["returns"]]).all() or not run["returns"]:
                 raise ValueError("mean_return, episode_returns or wall_clock_seconds")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -438,7 +440,7 @@ def row_of(runs: list[dict], benchmark: str, exp_name: str, notes: list[str], ar
     if missing := [task for task in tasks if task not in there]:
         what = "no aggregate (--allow-missing makes one of the others)"
         if args.allow_missing:
-            what = f"aggregated over the other {len(there)} tasks"
+            what = f"aggregated over {len(there)} of {len(tasks)} tasks"
         notes.append(f"{exp_name}: no runs of {', '.join(missing)}; {what}")
         if not args.allow_missing:
             return row | {"refused": 1}
@@ -472,7 +474,7 @@ def print_rows(title: str, rows: list[dict[str, Cell]], digits: int, form: str) 
     else:
         print(f"{title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
         for row in rows:
-            print("| " + " | ".join(text(row.get(c)) for c in columns) + " |")
+            print("| " + " | ".join(text(row.get(c)).replace("|", "\\|") for c in columns) + " |")
         print()
 
 
@@ -537,7 +539,7 @@ def read_curves(run: dict) -> dict[str, list[tuple[int, float]]]:
     """A run's scalars over environment steps, from its TensorBoard events: evaluation, training, plasticity metrics."""
     events = EventAccumulator(str(run["path"]), size_guidance={"scalars": 0})
     events.Reload()
-    repeat = run["args"].get("action_repeat", 1)
+    repeat = run["action_repeat"]
     return {tag: sorted((e.step * repeat, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
 
 
@@ -556,8 +558,8 @@ def add_curves(runs: list[dict]) -> list[dict]:
         fail("no runs there but of a random policy", 1)
     for run in runs:
         run["curves"] = read_curves(run)
-        start = run["args"].get("learning_starts", 0) * run["args"].get("action_repeat", 1)
-        run["first"] = [value for step, value in run["curves"].get("charts/episodic_return", []) if step <= start]
+        episodes = run["curves"].get("charts/episodic_return", [])
+        run["first"] = [value for step, value in episodes if step <= run["first_steps"]]
         run["random"] = by_task.get((run["benchmark"], run["task"]), [])
     return runs
 

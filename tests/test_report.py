@@ -233,7 +233,7 @@ def test_missing_tasks_are_refused_or_said(tmp_path):
     matrix = [[normal("Alien", 100), normal("Pong", 100)], [normal("Alien", 200), normal("Pong", 200)]]
     assert row["mean"][0] == pytest.approx(np.mean(matrix))  # the third seed of Pong is cut
     assert row["optimality gap"][0] == pytest.approx(np.mean(np.maximum(1 - np.array(matrix), 0)))
-    assert "cut to the first 2 seeds of each task" in error and "aggregated over the other 2 tasks" in error
+    assert "cut to the first 2 seeds of each task" in error and "aggregated over 2 of 26 tasks" in error
     assert (row["GPU hours"], row["GPU hours, paper"], row["million parameters"]) == (0.5, 0.5, 6.8)
 
 
@@ -339,6 +339,19 @@ def test_numbers_that_are_none(tmp_path, field, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: float("inf")}))
     with pytest.raises(SystemExit):
         report.read_runs([tmp_path])
+    assert "not a result of these scripts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [
+    {"episode_returns": []}, {"episode_returns": [1.0, float("nan")]}, {"args": {"learning_starts": None}},
+    {"args": {"action_repeat": "x"}},
+])  # fmt: skip
+def test_results_that_are_not_whole(tmp_path, change, capsys):
+    write_run(tmp_path, "Pong", "base", 1, 1.0)
+    (path,) = tmp_path.glob("*/result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SystemExit):
+        report.main(report.Args(runs=(tmp_path,)))
     assert "not a result of these scripts" in capsys.readouterr().err
 
 
@@ -463,6 +476,44 @@ def test_a_random_policy_measured_apart(tmp_path, capsys, figures):
     assert [text.get_text() for text in pong.get_legend().get_texts()] == ["base", "random policy"]
 
 
+def test_a_run_named_random_that_learns_is_a_run(tmp_path, capsys):
+    write_run(tmp_path, "Pong", "random", 1, -20.0, eval_epsilon=0.001)
+    assert report.main(report.Args(runs=(tmp_path,))) == 0
+    assert capsys.readouterr().out.splitlines()[4:-1] == ["| Pong | random | 100,000 |  | -20.0 | 1 |  | 2.0 |"]
+
+
+def test_a_random_policy_alone_is_no_report(tmp_path, capsys):
+    write_run(tmp_path, "Pong", "random", 1, -20.0, eval_epsilon=1.0)
+    with pytest.raises(SystemExit) as exit_info:
+        report.main(report.Args(runs=(tmp_path,)))
+    assert exit_info.value.code == 1
+    assert "no runs there but of a random policy" in capsys.readouterr().err
+
+
+def test_rows_are_of_one_benchmark_and_length(tmp_path, capsys):
+    scalars = {"plasticity/hessian_max_eigenvalue": [(1, 4.0)]}
+    for name, score, settings in (
+        ("a", 1.0, {}), ("b", 2.0, {"steps": 5000}), ("c", 3.0, {"script": "plastic_pretrained_finetune.py"}),
+    ):  # fmt: skip
+        write_run(tmp_path / name, "Pong", "base", 1, score, scalars=scalars, **settings)
+    assert report.main(report.Args(runs=(tmp_path,))) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Pong")]
+    assert rows == [
+        "| Pong | base | 100,000 |  | 1.0 | 1 | -8.8 | 2.0 |",
+        "| Pong | base | 5,000 |  | 2.0 | 1 | -8.8 | 2.0 |",
+        "| Pong | base | 100,000 |  | 3.0 | 1 |  | 2.0 |",
+        "| Pong | base | 100,000 | 1 | 4 |  |  |",
+        "| Pong | base | 5,000 | 1 | 4 |  |  |",
+        "| Pong | base | 100,000 | 1 | 4 |  |  |",
+    ]
+
+
+def test_a_bar_in_a_name_does_not_end_its_cell(tmp_path, capsys):
+    write_run(tmp_path, "Pong", "a|b", 1, 1.0)
+    assert report.main(report.Args(runs=(tmp_path,))) == 0
+    assert "| Pong | a\\|b | 100,000 |" in capsys.readouterr().out
+
+
 def test_plasticity_metrics_by_hand(tmp_path, capsys):
     scalars = {"plasticity/hessian_max_eigenvalue": [(1, 9.0), (2, 1.0), (3, 3.0)]}
     write_run(tmp_path, "Pong", "base_metrics", 1, 0.0, scalars=scalars)
@@ -527,6 +578,18 @@ def test_a_link_and_line_ends_of_a_file_stay(tmp_path):
     content = file.read_bytes()
     assert content.startswith("\ufeffa\r\n".encode())
     assert content.count(b"\n") == content.count(b"\r\n") > 5
+
+
+def test_a_file_that_changes_meanwhile_keeps_the_change(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "runs", "Pong", "base", 1, 0.0)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"<!-- report.py {tmp_path / 'runs'} --><!-- end of report -->")
+    monkeypatch.setattr(report, "print_returns", lambda *_: readme.write_text("somebody's work"))
+    with pytest.raises(SystemExit) as exit_info:
+        report.main(report.Args(readme=readme))
+    assert exit_info.value.code == 1
+    assert "changed in the meantime" in capsys.readouterr().err
+    assert readme.read_text() == "somebody's work"
 
 
 def test_a_refused_aggregate_in_a_file(tmp_path, capsys):
