@@ -543,24 +543,32 @@ def read_curves(run: dict) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted((e.step * repeat, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
 
 
-def add_curves(runs: list[dict]) -> list[dict]:
-    """The runs, each with its curves and a random policy's returns.
+REFERENCES: dict[
+    str, Callable[[dict], bool]
+] = {  # policies that learn nothing: name of their runs, how their flags tell
+    "random": lambda args: args.get("eval_epsilon") == 1,
+    "constant": lambda args: "action" in args,  # of benchmark/constant_actions.py
+}
 
-    "first": of its own episodes before learning starts; "random": of a run named random with --eval-epsilon 1 on the
-    same task, which itself is left out.
+
+def add_curves(runs: list[dict]) -> list[dict]:
+    """The runs, each with its curves and the returns of policies that learn nothing.
+
+    "random" and "constant": returns of the REFERENCES on the same task, whose own runs are left out; "first": of the
+    run's own episodes before learning starts.
     """
-    randomly = [run for run in runs if run["exp_name"] == "random" and run["args"].get("eval_epsilon") == 1]
-    by_task: dict[tuple, list[float]] = {}
-    for run in randomly:
-        by_task.setdefault((run["benchmark"], run["task"]), []).extend(run["returns"])
-    runs = [run for run in runs if run not in randomly]
-    if randomly and not runs:
-        fail("no runs there but of a random policy", 1)
+    references = [run for run in runs if (told := REFERENCES.get(run["exp_name"])) and told(run["args"])]
+    returns: dict[tuple, list[float]] = {}
+    for run in references:
+        returns.setdefault((run["exp_name"], run["benchmark"], run["task"]), []).extend(run["returns"])
+    runs = [run for run in runs if run not in references]
+    if references and not runs:
+        fail("no runs there but of policies that learn nothing", 1)
     for run in runs:
         run["curves"] = read_curves(run)
         episodes = run["curves"].get("charts/episodic_return", [])
         run["first"] = [value for step, value in episodes if step <= run["first_steps"]]
-        run["random"] = by_task.get((run["benchmark"], run["task"]), [])
+        run |= {name: returns.get((name, run["benchmark"], run["task"]), []) for name in REFERENCES}
     return runs
 
 
@@ -593,6 +601,7 @@ def print_returns(runs: list[dict], args: Args) -> None:
         low, high = bootstrap_interval(scores) if len(scores) > 1 else (None, None)
         row = {"task": task, "run": exp_name, "steps": f"{steps:,}"}
         row["random policy"] = f"{np.mean(random):.1f} ({len(random)} episodes)" if random else ""
+        row["best constant action"] = float(np.mean(group[0]["constant"])) if group[0]["constant"] else ""
         row |= {"mean return": (float(scores.mean()), low, high), "seeds": len(group)}
         row["paper, full length"] = printed.get((benchmark, exp_name, task))
         row["hours a run"] = f"{np.mean([run['hours'] for run in group]):.1f}"
@@ -648,6 +657,8 @@ def plot_curves(runs: list[dict], path: Path) -> None:
         random = random_returns([run for run in runs if run["task"] == task])
         if random:
             axis.axhline(np.mean(random), color="gray", linestyle="--", label="random policy")
+        if constant := next((run["constant"] for run in runs if run["task"] == task), []):
+            axis.axhline(np.mean(constant), color="gray", linestyle=":", label="best constant action")
         axis.set(title=task, xlabel="thousand environment steps", ylabel="mean return")
         axis.grid(alpha=0.3)
         handles = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}

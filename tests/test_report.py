@@ -406,8 +406,8 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
     rows = capsys.readouterr().out.splitlines()[4:-1]
     assert rows == [
-        "| reacher-easy | plastic | 2,000 |  | 800.0 | 1 | 879.7 | 2.0 |",
-        "| walker-run | base | 2,000 | 30.0 (3 episodes) | 350.0 [300.0, 400.0] | 2 | 632.9 | 2.0 |",
+        "| reacher-easy | plastic | 2,000 |  |  | 800.0 | 1 | 879.7 | 2.0 |",
+        "| walker-run | base | 2,000 | 30.0 (3 episodes) |  | 350.0 [300.0, 400.0] | 2 | 632.9 | 2.0 |",
     ]
     assert set(figures) == {"curves.png"}
     reacher, walker = figures["curves.png"].axes[:2]
@@ -458,36 +458,44 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     assert ours[0].get_xydata().tolist() == [pytest.approx([2.0, 0.6])]
 
 
-def test_a_random_policy_measured_apart(tmp_path, capsys, figures):
+def test_policies_that_learn_nothing_measured_apart(tmp_path, capsys, figures):
     scalars = {"eval/mean_return": [(500, 90.0)], "charts/episodic_return": [(50, 20.0)]}
     for seed in (1, 2):
         write_run(tmp_path, "Pong", "base", seed, 5.0, scalars=scalars)
     write_run(tmp_path, "Krull", "base", 1, 5.0, scalars=scalars)
     write_run(tmp_path, "Pong", "random", 1, -20.0, scalars=scalars, eval_epsilon=1.0)
     write_run(tmp_path, "Pong", "random", 2, -17.0, scalars=scalars, eval_epsilon=1.0)
+    write_run(tmp_path, "Pong", "constant", 1, -21.0, action=3)
+    write_run(tmp_path, "Pong", "constant", 2, -20.0, action=0)
     assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
     assert capsys.readouterr().out.splitlines()[4:-1] == [
-        "| Krull | base | 100,000 | 20.0 (1 episodes) | 5.0 | 1 | 3612.1 | 2.0 |",
-        "| Pong | base | 100,000 | -18.5 (4 episodes) | 5.0 [5.0, 5.0] | 2 | -8.8 | 2.0 |",
+        "| Krull | base | 100,000 | 20.0 (1 episodes) |  | 5.0 | 1 | 3612.1 | 2.0 |",
+        "| Pong | base | 100,000 | -18.5 (4 episodes) | -20.5 | 5.0 [5.0, 5.0] | 2 | -8.8 | 2.0 |",
     ]
     krull, pong = figures["curves.png"].axes[:2]
     assert set(krull.get_lines()[-1].get_ydata()) == {20.0}
-    assert set(pong.get_lines()[-1].get_ydata()) == {-18.5}
-    assert [text.get_text() for text in pong.get_legend().get_texts()] == ["base", "random policy"]
+    assert set(pong.get_lines()[-2].get_ydata()) == {-18.5}
+    assert [text.get_text() for text in pong.get_legend().get_texts()] == [
+        "base",
+        "random policy",
+        "best constant action",
+    ]
+    assert set(pong.get_lines()[-1].get_ydata()) == {-20.5}
 
 
-def test_a_run_named_random_that_learns_is_a_run(tmp_path, capsys):
-    write_run(tmp_path, "Pong", "random", 1, -20.0, eval_epsilon=0.001)
+@pytest.mark.parametrize("name", ["random", "constant"])
+def test_a_run_named_so_that_learns_is_a_run(tmp_path, capsys, name):
+    write_run(tmp_path, "Pong", name, 1, -20.0, eval_epsilon=0.001)
     assert report.main(report.Args(runs=(tmp_path,))) == 0
-    assert capsys.readouterr().out.splitlines()[4:-1] == ["| Pong | random | 100,000 |  | -20.0 | 1 |  | 2.0 |"]
+    assert capsys.readouterr().out.splitlines()[4:-1] == [f"| Pong | {name} | 100,000 |  |  | -20.0 | 1 |  | 2.0 |"]
 
 
-def test_a_random_policy_alone_is_no_report(tmp_path, capsys):
+def test_policies_that_learn_nothing_alone_are_no_report(tmp_path, capsys):
     write_run(tmp_path, "Pong", "random", 1, -20.0, eval_epsilon=1.0)
     with pytest.raises(SystemExit) as exit_info:
         report.main(report.Args(runs=(tmp_path,)))
     assert exit_info.value.code == 1
-    assert "no runs there but of a random policy" in capsys.readouterr().err
+    assert "no runs there but of policies that learn nothing" in capsys.readouterr().err
 
 
 def test_rows_are_of_one_benchmark_and_length(tmp_path, capsys):
@@ -499,9 +507,9 @@ def test_rows_are_of_one_benchmark_and_length(tmp_path, capsys):
     assert report.main(report.Args(runs=(tmp_path,))) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Pong")]
     assert rows == [
-        "| Pong | base | 100,000 |  | 1.0 | 1 | -8.8 | 2.0 |",
-        "| Pong | base | 5,000 |  | 2.0 | 1 | -8.8 | 2.0 |",
-        "| Pong | base | 100,000 |  | 3.0 | 1 |  | 2.0 |",
+        "| Pong | base | 100,000 |  |  | 1.0 | 1 | -8.8 | 2.0 |",
+        "| Pong | base | 5,000 |  |  | 2.0 | 1 | -8.8 | 2.0 |",
+        "| Pong | base | 100,000 |  |  | 3.0 | 1 |  | 2.0 |",
         "| Pong | base | 100,000 | 1 | 4 |  |  |",
         "| Pong | base | 5,000 | 1 | 4 |  |  |",
         "| Pong | base | 100,000 | 1 | 4 |  |  |",
@@ -538,8 +546,9 @@ def test_reports_in_a_file_are_made_anew(tmp_path, capsys):
     for _ in range(2):  # the second time changes nothing
         assert report.main(report.Args(readme=readme)) == 0
         tables = [
-            f'\n# Returns\ntask,run,steps,random policy,mean return,seeds,"paper, full length",hours a run\n'
-            f'Pong,base,"100,000",,{score},1,-8.8,2.0\n'
+            "\n# Returns\ntask,run,steps,random policy,best constant action,mean return,seeds,"
+            '"paper, full length",hours a run\n'
+            f'Pong,base,"100,000",,,{score},1,-8.8,2.0\n'
             for score in (1.2, 2.5)
         ]
         expected = "a\n" + block.format(flags[0], tables[0]) + "b\n" + block.format(flags[1], tables[1]) + "c\n"

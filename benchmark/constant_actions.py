@@ -1,0 +1,86 @@
+"""What a game pays for holding one action all the time: the score that a policy has to beat to have learned to see.
+
+    python benchmark/constant_actions.py --env-id Krull
+    python benchmark/constant_actions.py --env-id Krull --seed 2 --eval-episodes 30
+
+Every action of the game plays the evaluation that ends a training run with the same --seed, --eval-episodes and
+--eval-epsilon, the same games from the same starts. The best one's returns go to result.json in
+runs/<game>__constant__<seed>, where benchmark/report.py finds them. (Bellemare et al., 2013, compare with the same
+baseline, "Const".)
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import plastic_drq_rainbow_atari as script
+
+
+@dataclass
+class Args:
+    """Evaluate each action of a game as a policy."""
+
+    env_id: str = "Alien"  # an Atari game
+    seed: int = 1  # of the training runs to compare with
+    eval_episodes: int = 100  # games of each action
+    eval_epsilon: float = 0.001  # share of random actions
+    run_dir: Path = Path("runs")  # where results go
+    overwrite: bool = False  # replace a result that is there
+
+
+class ConstantAction:
+    """Stands in for the network in the script's evaluate(): the same action has the highest value everywhere."""
+
+    support = torch.zeros(1)  # tells evaluate() the device
+
+    def __init__(self, action: int, num_actions: int) -> None:
+        self.values = F.one_hot(torch.tensor(action), num_actions)
+
+    def __call__(self, images: Tensor, noisy: bool) -> Tensor:
+        return self.values.expand(len(images), -1)  # [n, num_actions]
+
+    def q_values(self, log_probs: Tensor) -> Tensor:
+        return log_probs
+
+
+def main(args: Args) -> None:
+    """Print a line per action, and write the result."""
+    flags = asdict(args) | {"exp_name": "constant", "device": "cpu"}
+    overwrite, run_dir = flags.pop("overwrite"), args.run_dir / f"{args.env_id}__constant__{args.seed}"
+    settings = script.resolve(script.Args(**flags))
+    path = run_dir / "result.json"
+    if path.exists() and not overwrite:
+        script.fail(f"{path} exists; pass --overwrite to replace it", 1)
+    num_actions = script.make_envs(args.env_id, 1, 0).action_space.n
+    start_time, returns = time.perf_counter(), []
+    for action in range(num_actions):
+        returns.append(script.evaluate(ConstantAction(action, num_actions), args.env_id, settings))
+        print(f"action {action}: {script.summary(args.env_id, returns[-1])}", flush=True)
+    means = [float(np.mean(values)) for values in returns]
+    best = int(np.argmax(means))
+    result = {
+        "script": "plastic_drq_rainbow_atari.py", "exp_name": "constant", "env_id": args.env_id, "seed": args.seed,
+        "args": {"eval_episodes": args.eval_episodes, "eval_epsilon": args.eval_epsilon, "action": best},
+        "env_steps": 0, "parameters": 0, "episode_returns": returns[best], "mean_return": means[best],
+        "mean_return_by_action": means, "wall_clock_seconds": time.perf_counter() - start_time,
+        "git_commit": script.git_commit(),
+    }  # fmt: skip
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        script.write_atomically(path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+    except OSError as error:
+        script.fail(f"{path}: {error.strerror}", 1)
+    print(f"best: action {best}, {script.summary(args.env_id, returns[best])}; {path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,59 @@
+"""The baseline that holds one action plays what it says, and its result is the best action's."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
+import constant_actions
+import report
+
+
+def test_the_best_action_is_written_where_reports_find_it(tmp_path, monkeypatch, capsys):
+    paid = {0: [3.0, 1.0], 1: [0.0, 9.0], 2: [4.0, 4.0], 3: [-1.0, 2.0], 4: [0.0, 0.0], 5: [1.0, 1.0]}  # Pong has six
+
+    def evaluate(network, env_id, args):
+        """Return what a game pays, by the action that the network holds."""
+        assert (env_id, args.eval_episodes, args.eval_epsilon, args.seed) == ("Pong", 2, 0.25, 7)
+        values = network.q_values(network(torch.rand(5, 4, 84, 84), noisy=False))
+        (action,) = values.argmax(1).unique().tolist()
+        assert values.shape == (5, 6)
+        return paid[action]
+
+    monkeypatch.setattr(constant_actions.script, "evaluate", evaluate)
+    args = constant_actions.Args(env_id="Pong", seed=7, eval_episodes=2, eval_epsilon=0.25, run_dir=tmp_path)
+    constant_actions.main(args)
+    path = tmp_path / "Pong__constant__7" / "result.json"
+    result = json.loads(path.read_text())
+    assert (result["args"]["action"], result["mean_return"], result["episode_returns"]) == (1, 4.5, [0.0, 9.0])
+    assert result["mean_return_by_action"] == [2.0, 4.5, 4.0, 0.5, 0.0, 1.0]
+    (run,) = report.read_runs([tmp_path])
+    assert report.REFERENCES[run["exp_name"]](run["args"])
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        constant_actions.main(args)
+    assert exit_info.value.code == 1
+    assert "pass --overwrite" in capsys.readouterr().err
+
+
+def test_one_action_plays_whole_games(tmp_path, capsys):
+    """Pong's opponent wins 21 to 0 against a paddle that does nothing."""
+    args = constant_actions.Args(env_id="Pong", eval_episodes=1)
+    settings = constant_actions.script.resolve(constant_actions.script.Args(env_id="Pong", eval_episodes=1))
+    still = constant_actions.ConstantAction(0, 6)
+    assert constant_actions.script.evaluate(still, args.env_id, settings) == [-21.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [({"env_id": "Pang"}, "closest"), ({"eval_episodes": 0}, "--eval-episodes must be from 1")]
+)
+def test_bad_flags_get_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        constant_actions.main(constant_actions.Args(**flags))
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
