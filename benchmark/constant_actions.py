@@ -4,7 +4,7 @@
     python benchmark/constant_actions.py --env-id Krull --seed 2 --eval-episodes 30
 
 Every action of the game plays the evaluation that ends a training run with the same --seed, --eval-episodes and
---eval-epsilon, the same games from the same starts. The best one's returns go to result.json in
+--eval-epsilon, the same games from the same starts. The returns, the best action's first, go to result.json in
 runs/<game>__constant__<seed>, where benchmark/report.py finds them. (Bellemare et al., 2013, compare with the same
 baseline, "Const".)
 """
@@ -71,7 +71,7 @@ def main(args: Args) -> None:
         "script": "plastic_drq_rainbow_atari.py", "exp_name": "constant", "env_id": args.env_id, "seed": args.seed,
         "args": {"eval_episodes": args.eval_episodes, "eval_epsilon": args.eval_epsilon, "action": best},
         "env_steps": 0, "parameters": 0, "episode_returns": returns[best], "mean_return": means[best],
-        "mean_return_by_action": means, "wall_clock_seconds": time.perf_counter() - start_time,
+        "episode_returns_by_action": returns, "wall_clock_seconds": time.perf_counter() - start_time,
         "git_commit": script.git_commit(),
     }  # fmt: skip
     try:

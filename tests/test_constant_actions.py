@@ -29,7 +29,7 @@ def test_the_best_action_is_written_where_reports_find_it(tmp_path, monkeypatch,
     path = tmp_path / "Pong__constant__7" / "result.json"
     result = json.loads(path.read_text())
     assert (result["args"]["action"], result["mean_return"], result["episode_returns"]) == (1, 4.5, [0.0, 9.0])
-    assert result["mean_return_by_action"] == [2.0, 4.5, 4.0, 0.5, 0.0, 1.0]
+    assert result["episode_returns_by_action"] == list(paid.values())
     (run,) = report.read_runs([tmp_path])
     assert report.REFERENCES[run["exp_name"]](run["args"])
 
