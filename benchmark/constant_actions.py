@@ -4,7 +4,7 @@
     python benchmark/constant_actions.py --env-id Krull --seed 2 --eval-episodes 30
 
 Every action of the game plays the evaluation that ends a training run with the same --seed, --eval-episodes and
---eval-epsilon, the same games from the same starts. The returns, the best action's first, go to result.json in
+--eval-epsilon, the same games from the same starts. The best action's returns, beside all others, go to result.json in
 runs/<game>__constant__<seed>, where benchmark/report.py finds them. (Bellemare et al., 2013, compare with the same
 baseline, "Const".)
 """
