@@ -554,8 +554,8 @@ REFERENCES: dict[
 def add_curves(runs: list[dict]) -> list[dict]:
     """The runs, each with its curves and the returns of policies that learn nothing.
 
-    "random" and "constant": returns of the REFERENCES on the same task, whose own runs are left out; "first": of the
-    run's own episodes before learning starts.
+    "random" and "constant": returns of the REFERENCES on the same task, whose own runs are left out; "first" and
+    "late": of the run's own episodes before learning starts, and of those that end in the last quarter of its steps.
     """
     references = [run for run in runs if (told := REFERENCES.get(run["exp_name"])) and told(run["args"])]
     returns: dict[tuple, list[float]] = {}
@@ -568,6 +568,7 @@ def add_curves(runs: list[dict]) -> list[dict]:
         run["curves"] = read_curves(run)
         episodes = run["curves"].get("charts/episodic_return", [])
         run["first"] = [value for step, value in episodes if step <= run["first_steps"]]
+        run["late"] = [value for step, value in episodes if step > 0.75 * run["steps"]]
         run |= {name: returns.get((name, run["benchmark"], run["task"]), []) for name in REFERENCES}
     return runs
 
@@ -602,6 +603,8 @@ def print_returns(runs: list[dict], args: Args) -> None:
         row = {"task": task, "run": exp_name, "steps": f"{steps:,}"}
         row["random policy"] = f"{np.mean(random):.1f} ({len(random)} episodes)" if random else ""
         row["best constant action"] = float(np.mean(group[0]["constant"])) if group[0]["constant"] else ""
+        late = [value for run in group for value in run["late"]]
+        row["last training episodes"] = f"{np.mean(late):.1f} ({len(late)})" if late else ""
         row |= {"mean return": (float(scores.mean()), low, high), "seeds": len(group)}
         row["paper, full length"] = printed.get((benchmark, exp_name, task))
         row["hours a run"] = f"{np.mean([run['hours'] for run in group]):.1f}"

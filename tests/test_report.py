@@ -400,14 +400,14 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     control = dict(script=DMC, steps=2000, action_repeat=2)
     scalars = curves([(500, 90.0), (1000, 300.0)], [(50, 20.0), (100, 40.0), (150, 77.0)])
     write_run(tmp_path, "walker-run", "base", 1, 300.0, scalars=scalars, **control)
-    scalars = curves([(500, 95.0), (1000, 400.0)], [(50, 30.0), (150, 99.0)])
+    scalars = curves([(500, 95.0), (1000, 400.0)], [(50, 30.0), (150, 99.0), (750, 98.0), (751, 50.0), (900, 60.0)])
     write_run(tmp_path, "walker-run", "base", 2, 400.0, scalars=scalars, **control)
     write_run(tmp_path, "reacher-easy", "plastic", 1, 800.0, scalars=curves([(1000, 800.0)], [(150, 99.0)]), **control)
     assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
     rows = capsys.readouterr().out.splitlines()[4:-1]
     assert rows == [
-        "| reacher-easy | plastic | 2,000 |  |  | 800.0 | 1 | 879.7 | 2.0 |",
-        "| walker-run | base | 2,000 | 30.0 (3 episodes) |  | 350.0 [300.0, 400.0] | 2 | 632.9 | 2.0 |",
+        "| reacher-easy | plastic | 2,000 |  |  |  | 800.0 | 1 | 879.7 | 2.0 |",
+        "| walker-run | base | 2,000 | 30.0 (3 episodes) |  | 55.0 (2) | 350.0 [300.0, 400.0] | 2 | 632.9 | 2.0 |",
     ]
     assert set(figures) == {"curves.png"}
     reacher, walker = figures["curves.png"].axes[:2]
@@ -469,8 +469,8 @@ def test_policies_that_learn_nothing_measured_apart(tmp_path, capsys, figures):
     write_run(tmp_path, "Pong", "constant", 2, -20.0, action=0)
     assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
     assert capsys.readouterr().out.splitlines()[4:-1] == [
-        "| Krull | base | 100,000 | 20.0 (1 episodes) |  | 5.0 | 1 | 3612.1 | 2.0 |",
-        "| Pong | base | 100,000 | -18.5 (4 episodes) | -20.5 | 5.0 [5.0, 5.0] | 2 | -8.8 | 2.0 |",
+        "| Krull | base | 100,000 | 20.0 (1 episodes) |  |  | 5.0 | 1 | 3612.1 | 2.0 |",
+        "| Pong | base | 100,000 | -18.5 (4 episodes) | -20.5 |  | 5.0 [5.0, 5.0] | 2 | -8.8 | 2.0 |",
     ]
     krull, pong = figures["curves.png"].axes[:2]
     assert set(krull.get_lines()[-1].get_ydata()) == {20.0}
@@ -487,7 +487,7 @@ def test_policies_that_learn_nothing_measured_apart(tmp_path, capsys, figures):
 def test_a_run_named_so_that_learns_is_a_run(tmp_path, capsys, name):
     write_run(tmp_path, "Pong", name, 1, -20.0, eval_epsilon=0.001)
     assert report.main(report.Args(runs=(tmp_path,))) == 0
-    assert capsys.readouterr().out.splitlines()[4:-1] == [f"| Pong | {name} | 100,000 |  |  | -20.0 | 1 |  | 2.0 |"]
+    assert capsys.readouterr().out.splitlines()[4:-1] == [f"| Pong | {name} | 100,000 |  |  |  | -20.0 | 1 |  | 2.0 |"]
 
 
 def test_policies_that_learn_nothing_alone_are_no_report(tmp_path, capsys):
@@ -507,9 +507,9 @@ def test_rows_are_of_one_benchmark_and_length(tmp_path, capsys):
     assert report.main(report.Args(runs=(tmp_path,))) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Pong")]
     assert rows == [
-        "| Pong | base | 100,000 |  |  | 1.0 | 1 | -8.8 | 2.0 |",
-        "| Pong | base | 5,000 |  |  | 2.0 | 1 | -8.8 | 2.0 |",
-        "| Pong | base | 100,000 |  |  | 3.0 | 1 |  | 2.0 |",
+        "| Pong | base | 100,000 |  |  |  | 1.0 | 1 | -8.8 | 2.0 |",
+        "| Pong | base | 5,000 |  |  |  | 2.0 | 1 | -8.8 | 2.0 |",
+        "| Pong | base | 100,000 |  |  |  | 3.0 | 1 |  | 2.0 |",
         "| Pong | base | 100,000 | 1 | 4 |  |  |",
         "| Pong | base | 5,000 | 1 | 4 |  |  |",
         "| Pong | base | 100,000 | 1 | 4 |  |  |",
@@ -546,9 +546,9 @@ def test_reports_in_a_file_are_made_anew(tmp_path, capsys):
     for _ in range(2):  # the second time changes nothing
         assert report.main(report.Args(readme=readme)) == 0
         tables = [
-            "\n# Returns\ntask,run,steps,random policy,best constant action,mean return,seeds,"
+            "\n# Returns\ntask,run,steps,random policy,best constant action,last training episodes,mean return,seeds,"
             '"paper, full length",hours a run\n'
-            f'Pong,base,"100,000",,,{score},1,-8.8,2.0\n'
+            f'Pong,base,"100,000",,,,{score},1,-8.8,2.0\n'
             for score in (1.2, 2.5)
         ]
         expected = "a\n" + block.format(flags[0], tables[0]) + "b\n" + block.format(flags[1], tables[1]) + "c\n"
