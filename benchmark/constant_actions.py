@@ -60,6 +60,10 @@ def main(args: Args) -> None:
     path = run_dir / "result.json"
     if path.exists() and not overwrite:
         script.fail(f"{path} exists; pass --overwrite to replace it", 1)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        script.fail(f"{run_dir}: {error.strerror}", 1)
     num_actions = script.make_envs(args.env_id, 1, 0).action_space.n
     start_time, returns = time.perf_counter(), []
     for action in range(num_actions):
@@ -75,7 +79,6 @@ def main(args: Args) -> None:
         "git_commit": script.git_commit(),
     }  # fmt: skip
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         script.write_atomically(path, lambda file: file.write(json.dumps(result, indent=2).encode()))
     except OSError as error:
         script.fail(f"{path}: {error.strerror}", 1)

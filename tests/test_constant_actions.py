@@ -57,3 +57,13 @@ def test_bad_flags_get_one_line(flags, words, capsys):
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_a_directory_that_cannot_be_is_told_before_the_games(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constant_actions.script, "evaluate", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_info:
+        constant_actions.main(constant_actions.Args(env_id="Pong", run_dir=tmp_path / "file"))
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    assert "file/Pong__constant__1: Not a directory" in error and error.count("\n") == 1
