@@ -543,9 +543,8 @@ def read_curves(run: dict) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted((e.step * repeat, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
 
 
-REFERENCES: dict[
-    str, Callable[[dict], bool]
-] = {  # policies that learn nothing: name of their runs, how their flags tell
+# Policies that learn nothing: name of their runs, and how their flags tell.
+REFERENCES: dict[str, Callable[[dict], bool]] = {
     "random": lambda args: args.get("eval_epsilon") == 1,
     "constant": lambda args: "action" in args,  # of benchmark/constant_actions.py
 }
