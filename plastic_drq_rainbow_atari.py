@@ -203,7 +203,9 @@ class NoisyLinear(nn.Module):
         if not noisy:
             return F.linear(x, self.weight_mu, self.bias_mu)
         # mu + sigma * outer(noise_out, noise_in); a second matrix product for the noisy part takes longer on the CPU.
-        weight = torch.addcmul(self.weight_mu, self.weight_sigma * self.noise_in, self.noise_out[:, None])
+        weight = torch.addcmul(
+            self.weight_mu, self.weight_sigma * self.noise_in, self.noise_out[:, None]
+        )
         bias = torch.addcmul(self.bias_mu, self.bias_sigma, self.noise_out)
         return F.linear(x, weight, bias)
 
@@ -218,7 +220,9 @@ class NoisyStream(nn.Module):
         self.norm = nn.LayerNorm(args.hidden_dim, eps=1e-6) if norm else nn.Identity()
         self.activation = CReLU() if args.crelu else nn.ReLU()
         # CReLU doubles what the layer gives out, so the next layer's fan-in doubles; the width stays.
-        self.output = NoisyLinear(args.hidden_dim * (2 if args.crelu else 1), out_features, args.noisy_std)
+        self.output = NoisyLinear(
+            args.hidden_dim * (2 if args.crelu else 1), out_features, args.noisy_std
+        )
 
     def forward(self, x: Tensor, noisy: bool = True) -> Tensor:
         return self.output(self.activation(self.norm(self.hidden(x, noisy))), noisy)
@@ -266,7 +270,9 @@ class QNetwork(nn.Module):
 
     def q_values(self, log_probs: Tensor) -> Tensor:
         """Means of the return distributions: [..., n_atoms] -> [...]."""
-        return (log_probs.exp() * self.support).sum(-1)  # not a matrix product: TF32 would round the support
+        return (log_probs.exp() * self.support).sum(
+            -1
+        )  # not a matrix product: TF32 would round the support
 
     def sample_noise(self, generator: torch.Generator) -> None:
         """Draw new noise in every noisy layer."""
@@ -309,14 +315,18 @@ class ReplayBuffer:
         self.frames = torch.zeros((self.slots, 84, 84), dtype=torch.uint8, device=device)
         self.actions = torch.zeros(self.slots, dtype=torch.int64, device=device)
         self.rewards = torch.zeros(self.slots, device=device)
-        self.ends = torch.ones(self.slots, dtype=torch.bool, device=device)  # nothing comes before the first frame
+        self.ends = torch.ones(
+            self.slots, dtype=torch.bool, device=device
+        )  # nothing comes before the first frame
         self.priorities = torch.zeros(self.slots, device=device)
         self.max_priority = torch.ones((), device=device)
         self.gammas = gamma ** torch.arange(n_step + 1, device=device)
         self.window = torch.arange(n_step, device=device)
         self.history = torch.arange(1 - FRAME_STACK, 1, device=device)
         self.cursor = 0
-        self.newest_slot = torch.zeros(1, dtype=torch.int64, device=device)  # the cursor, for a CUDA graph
+        self.newest_slot = torch.zeros(
+            1, dtype=torch.int64, device=device
+        )  # the cursor, for a CUDA graph
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
     def start(self, frame: np.ndarray) -> None:
@@ -342,7 +352,9 @@ class ReplayBuffer:
         self.pending += 1
         num_complete = self.pending if end else max(self.pending - self.n_step + 1, 0)
         first = slot - self.pending + 1
-        slots = torch.arange(first, first + num_complete, device=self.priorities.device) % self.slots
+        slots = (
+            torch.arange(first, first + num_complete, device=self.priorities.device) % self.slots
+        )
         self.priorities[slots] = self.max_priority
         self.pending -= num_complete
         # The oldest transition goes: the new frame has overwritten the first of its stack.
@@ -364,15 +376,26 @@ class ReplayBuffer:
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
         window = (index[:, None] + self.window) % self.slots
-        alive = (~self.ends[window]).float().cumprod(1)  # [B, n]: 1 while nothing has ended, this step included
-        reached = torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1)  # 1 for the steps that happened
+        alive = (
+            (~self.ends[window]).float().cumprod(1)
+        )  # [B, n]: 1 while nothing has ended, this step included
+        reached = torch.cat(
+            [torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1
+        )  # 1 for the steps that happened
         n_step_return = (self.rewards[window] * reached * self.gammas[:-1]).sum(1)
         next_obs = self.stack((index + self.n_step) % self.slots)
         return Batch(
-            index, self.stack(index), self.actions[index], n_step_return, self.gammas[-1] * alive[:, -1], next_obs
+            index,
+            self.stack(index),
+            self.actions[index],
+            n_step_return,
+            self.gammas[-1] * alive[:, -1],
+            next_obs,
         )
 
-    def sample(self, batch_size: int, beta: Tensor, generator: torch.Generator) -> tuple[Batch, Tensor]:
+    def sample(
+        self, batch_size: int, beta: Tensor, generator: torch.Generator
+    ) -> tuple[Batch, Tensor]:
         """Stratified proportional sampling (Schaul et al., 2016, appendix B.2.1) of batch_size transitions.
 
         Also returns their importance weights (1 / (N p)) ** beta over the largest in the batch, float32 [B]: in that
@@ -392,11 +415,17 @@ class ReplayBuffer:
     def sample_uniform(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         valid = (self.priorities > 0).float()
-        return self.gather(torch.multinomial(valid, batch_size, replacement=True, generator=generator))
+        return self.gather(
+            torch.multinomial(valid, batch_size, replacement=True, generator=generator)
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds of it; `newest_slot` has the cursor."""
-        return {f"replay.{name}": value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {
+            f"replay.{name}": value
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
         """Set the priorities [B] of slots `index` [B] and the running maximum that new transitions get."""
@@ -411,10 +440,18 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generato
     """
     batch, channels, height, width = obs.shape
     if shift > 0:
-        dy, dx = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device)
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)  # clamping repeats the edge
+        dy, dx = torch.randint(
+            -shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device
+        )
+        rows = (torch.arange(height, device=obs.device) + dy).clamp(
+            0, height - 1
+        )  # clamping repeats the edge
         columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
-        pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1).expand(-1, channels, -1)
+        pixels = (
+            (rows[:, :, None] * width + columns[:, None, :])
+            .view(batch, 1, -1)
+            .expand(-1, channels, -1)
+        )
         obs = obs.flatten(2).gather(2, pixels).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
@@ -493,8 +530,12 @@ def project(next_probs: Tensor, n_step_return: Tensor, discount: Tensor, support
     """
     delta = support[1] - support[0]
     atoms = (n_step_return[:, None] + discount[:, None] * support).clamp(support[0], support[-1])
-    share = (1 - (atoms[:, None, :] - support[:, None]).abs() / delta).clamp(min=0)  # [B, N to, N from]
-    return (share * next_probs[:, None, :]).sum(2)  # not a matrix product: TF32 would round the probabilities
+    share = (1 - (atoms[:, None, :] - support[:, None]).abs() / delta).clamp(
+        min=0
+    )  # [B, N to, N from]
+    return (share * next_probs[:, None, :]).sum(
+        2
+    )  # not a matrix product: TF32 would round the probabilities
 
 
 def take_action(log_probs: Tensor, action: Tensor) -> Tensor:
@@ -521,7 +562,9 @@ class Agent:
     `counts`, on the device: updates, skipped updates, skipped in a row, longest such row.
     """
 
-    def __init__(self, num_actions: int, num_updates: int, args: Args, generator: torch.Generator) -> None:
+    def __init__(
+        self, num_actions: int, num_updates: int, args: Args, generator: torch.Generator
+    ) -> None:
         self.args, self.num_updates, self.generator = args, num_updates, generator
         device = generator.device
         self.online = QNetwork(num_actions, args).to(device, memory_format=torch.channels_last)
@@ -529,7 +572,11 @@ class Agent:
         self.parameters = list(self.online.parameters())
         capturable = device.type == "cuda"
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=capturable
+            self.parameters,
+            lr=args.learning_rate,
+            eps=args.adam_eps,
+            fused=True,
+            capturable=capturable,
         )
         # The hook of PyTorch's GradScaler: where this is 1, fused Adam leaves weights, moments and step alone, and
         # no host sync is needed to know it.
@@ -542,7 +589,9 @@ class Agent:
         self.noisy_first_pass = args.sam_rho == 0 or args.sam_noise != "none"
         scope = self.online if args.sam_scope == "all" else getattr(self.online, args.sam_scope)
         self.sam_parameters = list(scope.parameters())
-        self.sam_backup = [torch.empty_like(w) for w in self.sam_parameters] if args.sam_rho > 0 else []
+        self.sam_backup = (
+            [torch.empty_like(w) for w in self.sam_parameters] if args.sam_rho > 0 else []
+        )
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -588,7 +637,9 @@ class Agent:
         move_target(target, online, (1 - args.target_ema) * applied)
         # Priorities come from the first pass. The floor: 0 would mark a perfectly fitted transition as unsampleable.
         priorities = (cross_entropy.detach() ** args.per_alpha).clamp(min=1e-8)
-        replay.update_priorities(batch.index, torch.where(applied, priorities, replay.priorities[batch.index]))
+        replay.update_priorities(
+            batch.index, torch.where(applied, priorities, replay.priorities[batch.index])
+        )
         self.count(skipped=~applied)
         return torch.stack([loss.detach(), online.q_values(log_probs.detach()).mean(), grad_norm])
 
@@ -596,7 +647,9 @@ class Agent:
         """Count one update."""
         updates, skips, in_a_row, longest = self.counts
         in_a_row = (in_a_row + 1) * skipped
-        self.counts.copy_(torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)]))
+        self.counts.copy_(
+            torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)])
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All that update() changes in place, but for the generator and the replay buffer's priorities."""
@@ -615,7 +668,9 @@ class Agent:
 
 
 def capture(
-    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[torch.Generator, ...] = ()
+    function: Callable[[], Tensor],
+    tensors: list[Tensor],
+    generators: tuple[torch.Generator, ...] = (),
 ) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
@@ -623,7 +678,10 @@ def capture(
     are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
     choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
     """
-    saved, states = [tensor.clone() for tensor in tensors], [generator.get_state() for generator in generators]
+    saved, states = (
+        [tensor.clone() for tensor in tensors],
+        [generator.get_state() for generator in generators],
+    )
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -650,7 +708,9 @@ def capture(
 
 
 @torch.no_grad()
-def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None) -> list[float]:
+def evaluate(
+    network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None
+) -> list[float]:
     """Play --eval-episodes full games side by side, one per environment, so that short games are not over-counted.
 
     The network (the target network, in the paper) plays without noise, with --eval-epsilon random actions.
@@ -665,12 +725,18 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
     stacks = torch.zeros((num_episodes, FRAME_STACK, 84, 84), dtype=torch.uint8, device=device)
     stacks[:, -1] = torch.from_numpy(frames[:, 0]).to(device)
     lives, returns = info["lives"].copy(), np.zeros(num_episodes)
-    playing = np.arange(num_episodes, dtype=np.int32)  # games over are left alone: their next step would reset them
-    with tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False) as progress:
+    playing = np.arange(
+        num_episodes, dtype=np.int32
+    )  # games over are left alone: their next step would reset them
+    with tqdm(
+        total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False
+    ) as progress:
         while len(playing) > 0:
             if video is not None and 0 in playing:
                 video.append(stacks[0, -1].clone().cpu().numpy())
-            log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False)
+            log_probs = network(
+                to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False
+            )
             actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
             explore = rng.random(len(playing)) < args.eval_epsilon
             actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
@@ -680,7 +746,9 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
             lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
             lives[playing] = info["lives"]
             index = torch.from_numpy(playing).to(device)
-            history = stacks[index, 1:] * torch.from_numpy(~lost_life).to(device)[:, None, None, None]
+            history = (
+                stacks[index, 1:] * torch.from_numpy(~lost_life).to(device)[:, None, None, None]
+            )
             stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
             over = terminated | truncated
             progress.update(int(over.sum()))
@@ -716,17 +784,27 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(
-    loss: Tensor, parameters: list[nn.Parameter], generator: torch.Generator, tolerance: float = 1e-3
+    loss: Tensor,
+    parameters: list[nn.Parameter],
+    generator: torch.Generator,
+    tolerance: float = 1e-3,
 ) -> float:
     """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
 
     Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
     largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest. TF32 leaves three digits.
     """
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+    )
 
     def hessian_times(vector: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)])
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+            ]
+        )
 
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
@@ -746,7 +824,9 @@ def max_eigenvalue(
     return float(ritz_values[-1])
 
 
-def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Generator) -> dict[str, float]:
+def plasticity_metrics(
+    agent: Agent, replay: ReplayBuffer, generator: torch.Generator
+) -> dict[str, float]:
     """Active units on 512 transitions and sharpness on 32, drawn uniformly; no noise, no augmentation, unit weights."""
     batch = replay.sample_uniform(512, generator)
     units = active_units(agent.online, lambda: agent.online(to_images(batch.obs), noisy=False))
@@ -755,7 +835,9 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Gene
     td_target = agent.td_target(batch, to_images(batch.next_obs), noisy=False)
     # Past the network's forward(): its scaled gradient is not the loss's, and its Jacobian not symmetric.
     log_probs = agent.online.head(agent.online.backbone(to_images(batch.obs)), noisy=False)
-    means = [w for name, w in agent.online.named_parameters() if "sigma" not in name]  # sigma is idle without noise
+    means = [
+        w for name, w in agent.online.named_parameters() if "sigma" not in name
+    ]  # sigma is idle without noise
     metrics["hessian_max_eigenvalue"] = max_eigenvalue(
         td_error(log_probs, batch.action, td_target).mean(), means, generator
     )
@@ -779,7 +861,12 @@ def fail(message: str, code: int) -> NoReturn:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = ("can't allocate memory", "could not allocate memory", "unable to mmap", "could not create a primitive")
+    phrases = (
+        "can't allocate memory",
+        "could not allocate memory",
+        "unable to mmap",
+        "could not create a primitive",
+    )
     said = any(phrase in str(error).lower() for phrase in phrases)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
 
@@ -795,7 +882,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error on top
+        cause = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch.save puts its own error on top
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
@@ -810,7 +899,9 @@ class Counters:
     resets: int = 0
     nonfinite_rewards: int = 0  # taken as 0
     seconds: float = 0.0
-    measuring_seconds: float = 0.0  # of them in evaluations and metrics, which do not count as training
+    measuring_seconds: float = (
+        0.0  # of them in evaluations and metrics, which do not count as training
+    )
     resumed_at: list[int] = field(default_factory=list)  # steps after which the run was continued
     wandb_id: str | None = None
 
@@ -844,7 +935,10 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             fail(f"{run_dir}: another process is at work there", 1)
         except OSError:
-            print(f"warning: {run_dir}: no locks on this file system; start no second process there", file=sys.stderr)
+            print(
+                f"warning: {run_dir}: no locks on this file system; start no second process there",
+                file=sys.stderr,
+            )
         try:
             yield
         finally:
@@ -857,18 +951,35 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
 def compare_flags(flags: dict, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags, those of MAY_CHANGE aside."""
     if flags.keys() != saved.keys():
-        fail(f"{path} is of another version of this script; use another --exp-name, or --overwrite", 1)
+        fail(
+            f"{path} is of another version of this script; use another --exp-name, or --overwrite",
+            1,
+        )
     others = []
     for name in sorted(flags.keys() - MAY_CHANGE):
         if flags[name] != saved[name]:
             flag, value = name.replace("_", "-"), saved[name]
             value = " ".join(map(str, value)) if isinstance(value, list) else value
-            others.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+            others.append(
+                f"--{'' if value else 'no-'}{flag}"
+                if isinstance(value, bool)
+                else f"--{flag} {value}"
+            )
     if others:
-        fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
+        fail(
+            f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite",
+            1,
+        )
 
 
-def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dict, agent: Agent, replay: ReplayBuffer):
+def save_checkpoint(
+    path: Path,
+    flags: dict,
+    counters: Counters,
+    generators: dict,
+    agent: Agent,
+    replay: ReplayBuffer,
+):
     """Write all that a run needs to go on, but for the emulator. `generators` are torch.Generators by name."""
     checkpoint = {
         "script": Path(__file__).name,
@@ -877,7 +988,9 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dic
         "counters": asdict(counters),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "tensors": {**agent.tensors(), **replay.tensors()},
-        "events": {file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")},
+        "events": {
+            file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")
+        },
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
@@ -891,37 +1004,53 @@ def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
             file.unlink()
 
 
-def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, replay: ReplayBuffer) -> Counters:
+def load_checkpoint(
+    path: Path, flags: dict, generators: dict, agent: Agent, replay: ReplayBuffer
+) -> Counters:
     """Put all back in place; TensorBoard's files are cut to what they were, so that no step is there twice.
 
     Ends with one line if the file is not a checkpoint of this script, version and shape, or of other flags. On another
     kind of device, whose generators have other states, theirs are seeded anew.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
             if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
                 raise ValueError
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (Path(__file__).name, CHECKPOINT_VERSION):
+        if (checkpoint["script"], checkpoint["version"]) != (
+            Path(__file__).name,
+            CHECKPOINT_VERSION,
+        ):
             raise ValueError
         saved = dict(checkpoint["args"])
         if flags["total_timesteps"] > saved["total_timesteps"]:
             saved["total_timesteps"] = flags["total_timesteps"]
         compare_flags(flags, saved, path)
         own, tensors = {**agent.tensors(), **replay.tensors()}, checkpoint["tensors"]
-        if {k: (t.shape, t.dtype) for k, t in own.items()} != {k: (t.shape, t.dtype) for k, t in tensors.items()}:
+        if {k: (t.shape, t.dtype) for k, t in own.items()} != {
+            k: (t.shape, t.dtype) for k, t in tensors.items()
+        }:
             raise ValueError
-        if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+        if not all(
+            tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()
+        ):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
         for name, default in asdict(Counters()).items():
             if name != "wandb_id" and type(getattr(counters, name)) is not type(default):
                 raise ValueError
-        if not 0 < counters.step <= flags["total_timesteps"] or len(counters.resumed_at) >= counters.step:
+        if (
+            not 0 < counters.step <= flags["total_timesteps"]
+            or len(counters.resumed_at) >= counters.step
+        ):
             raise ValueError
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-        replay.cursor = int(replay.newest_slot) % replay.slots  # `pending` is 0 after the start() that comes next
+        replay.cursor = (
+            int(replay.newest_slot) % replay.slots
+        )  # `pending` is 0 after the start() that comes next
         for name, generator in generators.items():
             if name == "torch" or saved["device"] == flags["device"]:
                 generator.set_state(checkpoint["generators"][name])
@@ -935,7 +1064,10 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
     except Exception as error:  # such a file can raise anything
         if out_of_memory(error):
             raise
-        fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
+        fail(
+            f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite",
+            1,
+        )
     rewind_events(path.parent, events)
     return counters
 
@@ -982,9 +1114,17 @@ RANGES = {  # of the flags, both ends included
 def resolve(args: Args) -> Args:
     """Fill in what is `auto`; end with one line at the first flag that makes no sense. Writes nothing."""
     if args.env_id not in GAMES:
-        closest = max(RANDOM_HUMAN, key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio())
-        fail(f"--env-id {args.env_id!r}: no such Atari game; the closest of the paper's 26 is {closest}", 2)
-    if args.shrink_perturb_alpha == "auto":  # section 4.3: it costs a little at replay ratio 2 and pays above
+        closest = max(
+            RANDOM_HUMAN,
+            key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio(),
+        )
+        fail(
+            f"--env-id {args.env_id!r}: no such Atari game; the closest of the paper's 26 is {closest}",
+            2,
+        )
+    if (
+        args.shrink_perturb_alpha == "auto"
+    ):  # section 4.3: it costs a little at replay ratio 2 and pays above
         pays = args.replay_ratio >= 4 and args.reset_interval > 0
         args = replace(args, shrink_perturb_alpha=0.6 if pays else 1.0)
     for name, (low, high) in RANGES.items():
@@ -1001,12 +1141,19 @@ def resolve(args: Args) -> Args:
         fail("--shrink-perturb-alpha acts at resets: it needs a --reset-interval above 0", 2)
     if args.resume and args.overwrite:
         fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
-    if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
+    if (
+        args.exp_name in ("", "..")
+        or Path(args.exp_name).name != args.exp_name
+        or not args.exp_name.isprintable()
+    ):
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
     if not str(args.run_dir).isprintable():
         fail(f"--run-dir {str(args.run_dir)!r}: must be printable", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
+        fail(
+            "--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build",
+            1,
+        )
     if args.track and find_spec("wandb") is None:
         fail("--track needs Weights & Biases: pip install wandb", 1)
     if args.device == "auto":
@@ -1029,11 +1176,16 @@ def memory_needed(num_actions: int, args: Args) -> int:
     """Bytes that a run holds on its device at most, PyTorch itself aside: frames and weights, and about the rest."""
     with torch.device("meta"):  # shapes without memory
         network = QNetwork(num_actions, args)
-    frame, num_copies = 84 * 84, 9 if args.sam_rho > 0 else 8  # weights, gradient, moments, target, SAM's, composed
+    frame, num_copies = (
+        84 * 84,
+        9 if args.sam_rho > 0 else 8,
+    )  # weights, gradient, moments, target, SAM's, composed
     replay = (args.buffer_size + FRAME_STACK) * (frame + 8 + 4 + 1 + 4)
     weights = 4 * num_copies * sum(w.numel() for w in network.parameters())
     # Of each transition: three float stacks, three of each convolution's outputs, the head's, and the projection's.
-    outputs = (2 if args.crelu and args.crelu_scope == "all" else 1) * (32 * 20**2 + 64 * 9**2 + 64 * 7**2)
+    outputs = (2 if args.crelu and args.crelu_scope == "all" else 1) * (
+        32 * 20**2 + 64 * 9**2 + 64 * 7**2
+    )
     head = 8 * args.hidden_dim + 4 * (num_actions + args.n_atoms) * args.n_atoms
     transitions = 4 * args.batch_size * (3 * FRAME_STACK * frame + 3 * outputs + head)
     return replay + weights + transitions + 2**20 * args.eval_episodes
@@ -1048,7 +1200,9 @@ def memory_available(device: torch.device) -> float:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(meminfo["MemAvailable"].split()[0])
     with suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
         available = min(available, limit - used)
     return available
 
@@ -1065,43 +1219,79 @@ def run(args: Args, stop: Stop) -> None:
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     flags = json.loads(json.dumps(asdict(args), default=str))  # as result.json gives them back
     num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
-    needed, available = memory_needed(num_actions, args) / 2**30, memory_available(torch.device(args.device)) / 2**30
+    needed, available = (
+        memory_needed(num_actions, args) / 2**30,
+        memory_available(torch.device(args.device)) / 2**30,
+    )
     if needed > available and (args.overwrite or not result_path.exists()):
         sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
-        fail(f"needs {sizes}; lower --buffer-size, --batch-size, --hidden-dim, --n-atoms or --eval-episodes", 1)
+        fail(
+            f"needs {sizes}; lower --buffer-size, --batch-size, --hidden-dim, --n-atoms or --eval-episodes",
+            1,
+        )
     with lock_directory(run_dir):
         if result_path.exists() and not args.overwrite:
             if not args.resume:
-                fail(f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
+                fail(
+                    f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite",
+                    1,
+                )
             try:
                 saved = dict(json.loads(result_path.read_text())["args"])
             except Exception:  # such a file can raise anything
-                fail(f"{result_path}: not a result that this script wrote; move it away or pass --overwrite", 1)
+                fail(
+                    f"{result_path}: not a result that this script wrote; move it away or pass --overwrite",
+                    1,
+                )
             compare_flags(flags, saved, result_path)
             print(f"{run_dir}: finished already")
             checkpoint_path.unlink(missing_ok=True)  # the run may have been killed before it could
             return
         resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
-            fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
-        if not resumed and not args.overwrite and any((run_dir / name).exists() for name in ("model.pth", "video.gif")):
-            fail(f"{run_dir} holds a model or video without its result; move it away or pass --overwrite", 1)
+            fail(
+                f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew",
+                1,
+            )
+        if (
+            not resumed
+            and not args.overwrite
+            and any((run_dir / name).exists() for name in ("model.pth", "video.gif"))
+        ):
+            fail(
+                f"{run_dir} holds a model or video without its result; move it away or pass --overwrite",
+                1,
+            )
         train(run_dir, args, flags, num_actions, resumed, stop)
 
 
 def device_name(args: Args) -> str:
     """The GPU's name, or the number of the CPU's threads."""
-    return torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
 
 
-def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: bool, stop: Stop) -> None:
+def train(
+    run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: bool, stop: Stop
+) -> None:
     """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     device = torch.device(args.device)
-    torch.manual_seed(args.seed)  # initialisers, at the start and at resets, and random actions before learning starts
+    torch.manual_seed(
+        args.seed
+    )  # initialisers, at the start and at resets, and random actions before learning starts
     # Sampling, augmentation and noise have a generator of their own; so have the metrics, which must change nothing.
-    generator, metrics_generator = (torch.Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist())
-    generators = {"torch": torch.default_generator, "sampling": generator, "metrics": metrics_generator}
+    generator, metrics_generator = (
+        torch.Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist()
+    )
+    generators = {
+        "torch": torch.default_generator,
+        "sampling": generator,
+        "metrics": metrics_generator,
+    }
     if device.type == "cuda":
         generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
     num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
@@ -1110,20 +1300,35 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
     update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
     parameters = sum(w.numel() for w in agent.parameters)
 
-    counters = load_checkpoint(checkpoint_path, flags, generators, agent, replay) if resumed else Counters()
+    counters = (
+        load_checkpoint(checkpoint_path, flags, generators, agent, replay)
+        if resumed
+        else Counters()
+    )
     if resumed:
         counters.resumed_at.append(counters.step)
         stop.hint = "; --resume continues the run"
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        names = {
+            "project": args.wandb_project_name,
+            "entity": args.wandb_entity,
+            "name": run_dir.name,
+        }
         try:
-            tracked = wandb.init(**names, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True)
+            tracked = wandb.init(
+                **names, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True
+            )
         except wandb.Error as error:  # no login, no network
             fail(f"--track: Weights & Biases says: {' '.join(str(error).split())}", 1)
         counters.wandb_id = tracked.id
-    for name in ("result.json", "checkpoint.pth", "model.pth", "video.gif"):  # of an overwritten run
+    for name in (
+        "result.json",
+        "checkpoint.pth",
+        "model.pth",
+        "video.gif",
+    ):  # of an overwritten run
         if not resumed:
             (run_dir / name).unlink(missing_ok=True)
         (run_dir / f"{name}.tmp").unlink(missing_ok=True)
@@ -1131,10 +1336,14 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
         rewind_events(run_dir, {})
     writer = SummaryWriter(str(run_dir))
     if not resumed:
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
+        writer.add_text(
+            "args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags)
+        )
     start = f"continued after step {counters.step:,}, " if resumed else ""
     size = f"{parameters:,} parameters, {num_updates:,} updates"
-    print(f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(num_actions, args) / 2**30:.1f} GiB")
+    print(
+        f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(num_actions, args) / 2**30:.1f} GiB"
+    )
 
     start_time = time.perf_counter() - counters.seconds
     checkpoint_time = time.perf_counter()
@@ -1145,7 +1354,13 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
     to_capture = args.cuda_graph and device.type == "cuda"
-    progress = tqdm(initial=counters.step, total=args.total_timesteps, desc=args.env_id, unit="step", disable=None)
+    progress = tqdm(
+        initial=counters.step,
+        total=args.total_timesteps,
+        desc=args.env_id,
+        unit="step",
+        disable=None,
+    )
     stop.obey(at_once=False)
     while True:
         if evaluation_due(counters.step, args):
@@ -1182,14 +1397,18 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
             writer.add_scalar("charts/episodic_length", episode_length, step)
             progress.set_postfix({"return": episode_return}, refresh=False)
             episode_return, episode_length = 0.0, 0
-            frames, info = envs.reset()  # else EnvPool's next step would ignore its action and reset
+            frames, info = (
+                envs.reset()
+            )  # else EnvPool's next step would ignore its action and reset
         replay.add(action, float(np.sign(reward)), bool(lost_life or episode_over), frames[0, 0])
         lives = info["lives"][0]
 
         if step >= args.learning_starts:
             if to_capture:
                 changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-                update, act = (capture(function, changing, (generator,)) for function in (update, act))
+                update, act = (
+                    capture(function, changing, (generator,)) for function in (update, act)
+                )
                 to_capture = False
             for _ in range(args.replay_ratio):
                 statistics = update()
@@ -1203,8 +1422,12 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
                     progress.close()
                     writer.close()
                     problem = f"{longest_row} updates in a row had a non-finite gradient"
-                    fail(f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1)
-                for name, value in zip(("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True):
+                    fail(
+                        f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1
+                    )
+                for name, value in zip(
+                    ("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True
+                ):
                     writer.add_scalar(f"losses/{name}", value, step)
                 writer.add_scalar("losses/skipped_updates", skipped, step)
                 writer.add_scalar("charts/resets", counters.resets, step)
@@ -1223,7 +1446,9 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
         else:
             checkpoint_due = due(args.checkpoint_interval, step)
         # Before an evaluation too: it can take minutes.
-        if args.checkpoint_interval != 0 and (checkpoint_due or evaluation_due(step, args) or stop.signum):
+        if args.checkpoint_interval != 0 and (
+            checkpoint_due or evaluation_due(step, args) or stop.signum
+        ):
             counters.seconds = time.perf_counter() - start_time
             writer.flush()
             try:
@@ -1242,7 +1467,11 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
     wall_clock = time.perf_counter() - start_time
     training_time = wall_clock - counters.measuring_seconds
     skipped = int(agent.counts[1])
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "envpool": envpool.__version__,
+    }
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id, "seed": args.seed,
@@ -1261,13 +1490,19 @@ def train(run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: boo
             model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
             write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
     except OSError:
-        if not checkpoint_path.exists():  # else --resume repeats the evaluation and writes all three
-            write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+        if (
+            not checkpoint_path.exists()
+        ):  # else --resume repeats the evaluation and writes all three
+            write_atomically(
+                result_path, lambda file: file.write(json.dumps(result, indent=2).encode())
+            )
         raise
     write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
     checkpoint_path.unlink(missing_ok=True)
     if skipped > 0:
-        print(f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped")
+        print(
+            f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped"
+        )
     if counters.nonfinite_rewards > 0:
         print(f"{counters.nonfinite_rewards:,} rewards were not finite numbers and were taken as 0")
     print(summary(args.env_id, returns) + f"; {result_path}")
@@ -1289,9 +1524,14 @@ def evaluate_saved(args: Args) -> None:
     if args.capture_video and gif.exists() and not args.overwrite:
         fail(f"{gif} exists; pass --overwrite to replace it", 1)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
             model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        ours = {name: getattr(args, name) for name in ("device", "eval_episodes", "eval_epsilon", "torch_threads")}
+        ours = {
+            name: getattr(args, name)
+            for name in ("device", "eval_episodes", "eval_epsilon", "torch_threads")
+        }
         saved = resolve(replace(Args(**model["args"]), **ours, track=False))
         for name, default in asdict(Args()).items():
             if type(default) in (int, bool) and type(getattr(saved, name)) is not type(default):
@@ -1305,9 +1545,14 @@ def evaluate_saved(args: Args) -> None:
     except Exception as error:  # such a file can raise anything
         if out_of_memory(error):
             raise
-        fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
+        fail(
+            f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)",
+            1,
+        )
     video = [] if args.capture_video else None
-    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)
+    returns = evaluate(
+        network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video
+    )
     print(summary(saved.env_id, returns))
     if args.capture_video:
         write_atomically(gif, lambda file: save_gif(video, file))
@@ -1328,11 +1573,15 @@ if __name__ == "__main__":
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop.request)
     # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
-    threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    threading.excepthook = lambda hook: (
+        None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    )
     args = resolve(tyro.cli(Args))
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch has it in convolutions
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32 in matrix products, as PyTorch has it in convolutions
     try:
         if args.evaluate is None:
             run(args, stop)

@@ -59,7 +59,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # What MuJoCo renders with has to be known before dm_control is imported.
-os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or ("egl" if find_library("EGL") else "osmesa")
+os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or (
+    "egl" if find_library("EGL") else "osmesa"
+)
 NO_RENDERER = (
     f"MuJoCo cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']}: install libegl1 and libegl-mesa0, or libosmesa6 "
     "(packages of Debian and Ubuntu), or set MUJOCO_GL to egl, osmesa or glfw"
@@ -70,11 +72,19 @@ try:
         from dm_control.rl.control import PhysicsError
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: pip install dm-control (for Python 3.11 or 3.12)")
-except (ImportError, AttributeError, RuntimeError) as error:  # from PyOpenGL, where the library is missing
+except (
+    ImportError,
+    AttributeError,
+    RuntimeError,
+) as error:  # from PyOpenGL, where the library is missing
     sys.exit(f"error: {NO_RENDERER} ({error})")
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # cheetah's model has an attribute that MuJoCo warns about
-TASKS = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS if domain != "lqr"}  # whose episodes never end
+logging.getLogger("absl").setLevel(
+    logging.ERROR
+)  # cheetah's model has an attribute that MuJoCo warns about
+TASKS = {
+    f"{domain}-{task}" for domain, task in suite.ALL_TASKS if domain != "lqr"
+}  # whose episodes never end
 MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
 CHECKPOINT_VERSION = 1  # to be raised when what a checkpoint holds changes
 
@@ -155,10 +165,15 @@ class DMControl(gym.Env):
         self.args = args
         self.load(seed=None)
         spec = self.env.action_spec()
-        self.low, self.high = spec.minimum, spec.maximum  # of some, quadruped's among them, others than -1 and 1
+        self.low, self.high = (
+            spec.minimum,
+            spec.maximum,
+        )  # of some, quadruped's among them, others than -1 and 1
         self.action_space = gym.spaces.Box(-1, 1, spec.shape, np.float32)
         channels = 1 if args.grayscale else 3
-        self.observation_space = gym.spaces.Box(0, 255, (channels, args.image_size, args.image_size), np.uint8)
+        self.observation_space = gym.spaces.Box(
+            0, 255, (channels, args.image_size, args.image_size), np.uint8
+        )
 
     def load(self, seed: int | None) -> None:
         """Make the task: the suite seeds it only then."""
@@ -175,10 +190,14 @@ class DMControl(gym.Env):
         camera = 2 if self.args.env_id.startswith("quadruped-") else 0
         rgb = self.env.physics.render(self.args.image_size, self.args.image_size, camera)
         if not self.args.grayscale:
-            return np.ascontiguousarray(rgb.transpose(2, 0, 1))  # the renderer's rows run backwards in memory
+            return np.ascontiguousarray(
+                rgb.transpose(2, 0, 1)
+            )  # the renderer's rows run backwards in memory
         return (rgb @ (0.299, 0.587, 0.114) + 0.5).astype(np.uint8)[None]
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict]:
         """Begin an episode; with a seed, the first one of that seed."""
         if seed is not None:
             self.load(seed)
@@ -187,7 +206,9 @@ class DMControl(gym.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Repeat an action [A] until the episode ends or it has been taken --action-repeat times."""
-        action = self.low + (np.clip(action, -1, 1).astype(np.float64) + 1) / 2 * (self.high - self.low)
+        action = self.low + (np.clip(action, -1, 1).astype(np.float64) + 1) / 2 * (
+            self.high - self.low
+        )
         reward = 0.0
         for _ in range(self.args.action_repeat):
             time_step = self.env.step(action)
@@ -250,7 +271,11 @@ def make_encoder(args: Args) -> nn.Sequential:
 
 def num_features(args: Args) -> int:
     """Length of the encoder's output."""
-    return 256 * (2 if args.crelu and args.crelu_scope == "all" else 1) * math.ceil(args.image_size / 16) ** 2
+    return (
+        256
+        * (2 if args.crelu and args.crelu_scope == "all" else 1)
+        * math.ceil(args.image_size / 16) ** 2
+    )
 
 
 def dense(in_features: int, out_features: int, gain: float = math.sqrt(2)) -> nn.Linear:
@@ -264,7 +289,9 @@ def dense(in_features: int, out_features: int, gain: float = math.sqrt(2)) -> nn
 def make_latent(args: Args) -> nn.Sequential:
     """Features [B, F] -> latent [B, latent_dim]: linear (LeCun normal), LayerNorm, tanh."""
     linear = nn.Linear(num_features(args), args.latent_dim)
-    std = 1 / math.sqrt(linear.in_features) / 0.87962566  # what is left of 1 after a cut at two standard deviations
+    std = (
+        1 / math.sqrt(linear.in_features) / 0.87962566
+    )  # what is left of 1 after a cut at two standard deviations
     nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(linear, nn.LayerNorm(args.latent_dim, eps=1e-6), nn.Tanh())
@@ -339,7 +366,9 @@ class Actor(nn.Module):
         mean, log_std = self(features)
         x = mean + log_std.exp() * noise
         log_gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x) ** 2), also where that rounds to 0
+        log_slope = 2 * (
+            math.log(2) - x - F.softplus(-2 * x)
+        )  # log(1 - tanh(x) ** 2), also where that rounds to 0
         return torch.tanh(x), (log_gaussian - log_slope).sum(1)
 
 
@@ -385,7 +414,9 @@ class ReplayBuffer:
             self.cursor -= 1
         self.push(frame, 0)
 
-    def add(self, action: np.ndarray, reward: float, terminated: bool, next_frame: np.ndarray) -> None:
+    def add(
+        self, action: np.ndarray, reward: float, terminated: bool, next_frame: np.ndarray
+    ) -> None:
         """Store what the newest frame led to."""
         self.actions[self.cursor] = torch.from_numpy(action)
         self.rewards[self.cursor] = reward
@@ -415,14 +446,26 @@ class ReplayBuffer:
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         cumulative = self.valid.cumsum(0)
-        uniform = torch.rand(batch_size, generator=generator, device=self.valid.device, dtype=torch.float64)
+        uniform = torch.rand(
+            batch_size, generator=generator, device=self.valid.device, dtype=torch.float64
+        )
         index = torch.searchsorted(cumulative, (uniform * cumulative[-1]).long(), right=True)
         next_obs = self.stack((index + 1) % self.slots)
-        return Batch(self.stack(index), self.actions[index], self.rewards[index], self.terminated[index], next_obs)
+        return Batch(
+            self.stack(index),
+            self.actions[index],
+            self.rewards[index],
+            self.terminated[index],
+            next_obs,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds of it; `newest_slot` has the cursor."""
-        return {f"replay.{name}": value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {
+            f"replay.{name}": value
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
 
 
 def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generator) -> Tensor:
@@ -432,10 +475,18 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generato
     """
     batch, channels, height, width = obs.shape
     if shift > 0:
-        dy, dx = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device)
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)  # clamping repeats the edge
+        dy, dx = torch.randint(
+            -shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device
+        )
+        rows = (torch.arange(height, device=obs.device) + dy).clamp(
+            0, height - 1
+        )  # clamping repeats the edge
         columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
-        pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1).expand(-1, channels, -1)
+        pixels = (
+            (rows[:, :, None] * width + columns[:, None, :])
+            .view(batch, 1, -1)
+            .expand(-1, channels, -1)
+        )
         obs = obs.flatten(2).gather(2, pixels).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
@@ -531,18 +582,25 @@ class Agent:
         self.online = Critic(action_dim, args).to(device, memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.actor = Actor(action_dim, args).to(device)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature), device=device))
+        self.log_alpha = nn.Parameter(
+            torch.tensor(math.log(args.initial_temperature), device=device)
+        )
         self.parameters = {
             "encoder": list(self.online.backbone.parameters()),
             "critic_head": list(self.online.head.parameters()),
             "actor": list(self.actor.parameters()),
             "temperature": [self.log_alpha],
         }
-        self.optimizers = {name: self.make_optimizer(parameters) for name, parameters in self.parameters.items()}
+        self.optimizers = {
+            name: self.make_optimizer(parameters) for name, parameters in self.parameters.items()
+        }
         scopes = {"critic": ("encoder", "critic_head"), "all": tuple(self.parameters)}
         scope = scopes.get(args.sam_scope, (args.sam_scope,)) if args.sam_rho > 0 else ()
         self.perturbed = {name: w if name in scope else [] for name, w in self.parameters.items()}
-        self.sam_backup = {name: [torch.empty_like(w) for w in perturbed] for name, perturbed in self.perturbed.items()}
+        self.sam_backup = {
+            name: [torch.empty_like(w) for w in perturbed]
+            for name, perturbed in self.perturbed.items()
+        }
         self.target_rate = torch.tensor(1 - args.target_ema, device=device)
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
         self.changing = list(self.learned().values())
@@ -551,7 +609,9 @@ class Agent:
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
         """Adam with its state in place, which it would else make in its first step, perhaps in a CUDA graph."""
         cuda = self.generator.device.type == "cuda"
-        optimizer = torch.optim.Adam(parameters, lr=self.args.learning_rate, fused=True, capturable=cuda)
+        optimizer = torch.optim.Adam(
+            parameters, lr=self.args.learning_rate, fused=True, capturable=cuda
+        )
         for w in parameters:
             w.grad = torch.zeros_like(w)
         optimizer.step()
@@ -561,7 +621,9 @@ class Agent:
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """Action drawn from the policy: uint8 [B, C, H, W] -> [B, A]."""
-        noise = torch.randn((len(obs), self.action_dim), generator=self.generator, device=obs.device)
+        noise = torch.randn(
+            (len(obs), self.action_dim), generator=self.generator, device=obs.device
+        )
         return self.actor.sample(self.online.backbone(to_images(obs)), noise)[0]
 
     @torch.no_grad()
@@ -573,14 +635,18 @@ class Agent:
     def td_target(self, batch: Batch, next_images: Tensor, noise: Tensor) -> Tensor:
         """r + gamma * (min Q(s', a') - alpha * log pi(a' | s')), a' drawn from pi at s' (Algorithm 2, line 11): [B]."""
         next_action, log_prob = self.actor.sample(self.online.backbone(next_images), noise)
-        next_value = self.target(next_images, next_action).min(1).values - self.log_alpha.exp() * log_prob
+        next_value = (
+            self.target(next_images, next_action).min(1).values - self.log_alpha.exp() * log_prob
+        )
         return batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
 
     def update(self, batch: Batch) -> Tensor:
         """One gradient update (Algorithm 2, lines 11 to 21). Returns losses, Q-value, entropy and temperature, [5]."""
         args, online = self.args, self.online
         torch._foreach_copy_(self.before, self.changing)
-        images, next_images = (augment(obs, args.aug_shift, 0.0, self.generator) for obs in (batch.obs, batch.next_obs))
+        images, next_images = (
+            augment(obs, args.aug_shift, 0.0, self.generator) for obs in (batch.obs, batch.next_obs)
+        )
         shape = (2, len(images), self.action_dim)
         next_noise, noise = torch.randn(shape, generator=self.generator, device=images.device)
 
@@ -594,7 +660,9 @@ class Agent:
             features = online.backbone(images)
         alpha = self.log_alpha.detach().exp()
 
-        def actor_loss() -> tuple[Tensor, Tensor, Tensor]:  # Eq. 4, to be minimised; Q-value, entropy
+        def actor_loss() -> tuple[
+            Tensor, Tensor, Tensor
+        ]:  # Eq. 4, to be minimised; Q-value, entropy
             action, log_prob = self.actor.sample(features, noise)
             value = online.head(features, action).min(1).values
             return (alpha * log_prob - value).mean(), value.mean(), -log_prob.mean()
@@ -609,7 +677,9 @@ class Agent:
         self.count(skipped=~finite)
         return torch.stack([critic_loss, policy_loss, value, entropy, alpha])
 
-    def descend(self, names: tuple[str, ...], loss_function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def descend(
+        self, names: tuple[str, ...], loss_function: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         """One step of the named parameters' optimizers, under SAM with one norm for all; returns what the loss gave."""
         parameters = [w for name in names for w in self.parameters[name]]
         perturbed = [w for name in names for w in self.perturbed[name]]
@@ -632,12 +702,18 @@ class Agent:
         """Count one update."""
         updates, skips, in_a_row, longest = self.counts
         in_a_row = (in_a_row + 1) * skipped
-        self.counts.copy_(torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)]))
+        self.counts.copy_(
+            torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)])
+        )
 
     def learned(self) -> dict[str, Tensor]:
         """Weights and optimizer states."""
         tensors = {"log_alpha": self.log_alpha.detach()}
-        for name, network in (("online", self.online), ("target", self.target), ("actor", self.actor)):
+        for name, network in (
+            ("online", self.online),
+            ("target", self.target),
+            ("actor", self.actor),
+        ):
             tensors |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             for i, state in enumerate(optimizer.state.values()):
@@ -652,7 +728,11 @@ class Agent:
     def reset(self) -> None:
         """Renew all but the encoder, its optimizer state and the target's encoder; in place (section 4.1)."""
         head, actor = CriticHead(self.action_dim, self.args), Actor(self.action_dim, self.args)
-        for network, fresh in ((self.online.head, head), (self.target.head, head), (self.actor, actor)):
+        for network, fresh in (
+            (self.online.head, head),
+            (self.target.head, head),
+            (self.actor, actor),
+        ):
             for w, phi in zip(network.parameters(), fresh.parameters(), strict=True):
                 w.copy_(phi)
         self.log_alpha.fill_(math.log(self.args.initial_temperature))
@@ -661,7 +741,9 @@ class Agent:
 
 
 def capture(
-    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[torch.Generator, ...] = ()
+    function: Callable[[], Tensor],
+    tensors: list[Tensor],
+    generators: tuple[torch.Generator, ...] = (),
 ) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
@@ -669,7 +751,10 @@ def capture(
     are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
     choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
     """
-    saved, states = [tensor.clone() for tensor in tensors], [generator.get_state() for generator in generators]
+    saved, states = (
+        [tensor.clone() for tensor in tensors],
+        [generator.get_state() for generator in generators],
+    )
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -707,13 +792,19 @@ def make_worker_envs(num_workers: int, args: Args) -> Iterator[gym.vector.AsyncV
     """Tasks in processes of their own, which end with the block, however that ends."""
     others, envs = multiprocessing.active_children(), None
     try:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it: Ctrl-C is for us
-        envs = gym.vector.AsyncVectorEnv([partial(make_quiet_env, args)] * num_workers, context="spawn")
+        blocked = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # they inherit it: Ctrl-C is for us
+        envs = gym.vector.AsyncVectorEnv(
+            [partial(make_quiet_env, args)] * num_workers, context="spawn"
+        )
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         yield envs
         envs.close()
     except (EOFError, ConnectionError):
-        raise ChildProcessError("a process of the evaluation died, of want of memory perhaps") from None
+        raise ChildProcessError(
+            "a process of the evaluation died, of want of memory perhaps"
+        ) from None
     finally:
         for process in set(multiprocessing.active_children()) - set(others):
             process.kill()
@@ -734,11 +825,15 @@ def evaluate(agent: Agent, args: Args, video: list[np.ndarray] | None = None) ->
     device = agent.generator.device
     with (
         make_worker_envs(num_workers, args) as envs,
-        tqdm(total=len(seeds), desc="evaluation", unit="episode", disable=None, leave=False) as progress,
+        tqdm(
+            total=len(seeds), desc="evaluation", unit="episode", disable=None, leave=False
+        ) as progress,
     ):
         while len(returns) < len(seeds):
             some = seeds[len(returns) : len(returns) + num_workers]
-            frames, _ = envs.reset(seed=(some * num_workers)[:num_workers])  # in the last round some may be idle
+            frames, _ = envs.reset(
+                seed=(some * num_workers)[:num_workers]
+            )  # in the last round some may be idle
             stacks = torch.from_numpy(frames).to(device).repeat(1, args.frame_stack, 1, 1)
             playing, totals = np.ones(num_workers, dtype=bool), np.zeros(num_workers)
             while playing.any():
@@ -748,11 +843,15 @@ def evaluate(agent: Agent, args: Args, video: list[np.ndarray] | None = None) ->
                 frames, rewards, terminated, truncated, _ = envs.step(actions)
                 totals += rewards * playing
                 playing &= ~(terminated | truncated)
-                stacks = torch.cat([stacks[:, frames.shape[1] :], torch.from_numpy(frames).to(device)], dim=1)
+                stacks = torch.cat(
+                    [stacks[:, frames.shape[1] :], torch.from_numpy(frames).to(device)], dim=1
+                )
             returns += totals[: len(some)].tolist()
             progress.update(len(some))
     if not np.isfinite(returns).all():
-        raise FloatingPointError(f"an episode of {args.env_id} gave a reward that is not a finite number")
+        raise FloatingPointError(
+            f"an episode of {args.env_id} gave a reward that is not a finite number"
+        )
     return returns
 
 
@@ -782,17 +881,27 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(
-    loss: Tensor, parameters: list[nn.Parameter], generator: torch.Generator, tolerance: float = 1e-3
+    loss: Tensor,
+    parameters: list[nn.Parameter],
+    generator: torch.Generator,
+    tolerance: float = 1e-3,
 ) -> float:
     """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
 
     Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
     largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest. TF32 leaves three digits.
     """
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+    )
 
     def hessian_times(vector: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)])
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+            ]
+        )
 
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
@@ -823,7 +932,9 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, step: int) -> dict[st
     td_target = agent.td_target(batch, to_images(batch.next_obs), torch.zeros_like(batch.action))
     loss = td_error(agent.online(to_images(batch.obs), batch.action), td_target)
     generator = torch.Generator(device).manual_seed(step)
-    metrics["hessian_max_eigenvalue"] = max_eigenvalue(loss, list(agent.online.parameters()), generator)
+    metrics["hessian_max_eigenvalue"] = max_eigenvalue(
+        loss, list(agent.online.parameters()), generator
+    )
     return metrics
 
 
@@ -844,7 +955,12 @@ def fail(message: str, code: int) -> NoReturn:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = ("can't allocate memory", "could not allocate memory", "unable to mmap", "could not create a primitive")
+    phrases = (
+        "can't allocate memory",
+        "could not allocate memory",
+        "unable to mmap",
+        "could not create a primitive",
+    )
     said = any(phrase in str(error).lower() for phrase in phrases)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
 
@@ -860,7 +976,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error on top
+        cause = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch.save puts its own error on top
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
@@ -875,7 +993,9 @@ class Counters:
     resets: int = 0
     nonfinite_rewards: int = 0  # taken as 0
     seconds: float = 0.0
-    measuring_seconds: float = 0.0  # of them in evaluations and metrics, which do not count as training
+    measuring_seconds: float = (
+        0.0  # of them in evaluations and metrics, which do not count as training
+    )
     resumed_at: list[int] = field(default_factory=list)  # steps after which the run was continued
     wandb_id: str | None = None
 
@@ -909,7 +1029,10 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             fail(f"{run_dir}: another process is at work there", 1)
         except OSError:
-            print(f"warning: {run_dir}: no locks on this file system; start no second process there", file=sys.stderr)
+            print(
+                f"warning: {run_dir}: no locks on this file system; start no second process there",
+                file=sys.stderr,
+            )
         try:
             yield
         finally:
@@ -922,18 +1045,35 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
 def compare_flags(flags: dict, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags, those of MAY_CHANGE aside."""
     if flags.keys() != saved.keys():
-        fail(f"{path} is of another version of this script; use another --exp-name, or --overwrite", 1)
+        fail(
+            f"{path} is of another version of this script; use another --exp-name, or --overwrite",
+            1,
+        )
     others = []
     for name in sorted(flags.keys() - MAY_CHANGE):
         if flags[name] != saved[name]:
             flag, value = name.replace("_", "-"), saved[name]
             value = " ".join(map(str, value)) if isinstance(value, list) else value
-            others.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+            others.append(
+                f"--{'' if value else 'no-'}{flag}"
+                if isinstance(value, bool)
+                else f"--{flag} {value}"
+            )
     if others:
-        fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
+        fail(
+            f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite",
+            1,
+        )
 
 
-def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dict, agent: Agent, replay: ReplayBuffer):
+def save_checkpoint(
+    path: Path,
+    flags: dict,
+    counters: Counters,
+    generators: dict,
+    agent: Agent,
+    replay: ReplayBuffer,
+):
     """Write all that a run needs to go on, but for the simulation. `generators` are torch.Generators by name."""
     checkpoint = {
         "script": Path(__file__).name,
@@ -942,7 +1082,9 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dic
         "counters": asdict(counters),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "tensors": {**agent.tensors(), **replay.tensors()},
-        "events": {file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")},
+        "events": {
+            file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")
+        },
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
@@ -956,24 +1098,35 @@ def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
             file.unlink()
 
 
-def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, replay: ReplayBuffer) -> Counters:
+def load_checkpoint(
+    path: Path, flags: dict, generators: dict, agent: Agent, replay: ReplayBuffer
+) -> Counters:
     """Put all back in place; TensorBoard's files are cut to what they were, so that no step is there twice.
 
     Ends with one line if the file is not a checkpoint of this script, version and shape, or of other flags. On another
     kind of device, whose generators have other states, theirs are seeded anew.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
             if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
                 raise ValueError
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (Path(__file__).name, CHECKPOINT_VERSION):
+        if (checkpoint["script"], checkpoint["version"]) != (
+            Path(__file__).name,
+            CHECKPOINT_VERSION,
+        ):
             raise ValueError
         compare_flags(flags, dict(checkpoint["args"]), path)
         own, tensors = {**agent.tensors(), **replay.tensors()}, checkpoint["tensors"]
-        if {k: (t.shape, t.dtype) for k, t in own.items()} != {k: (t.shape, t.dtype) for k, t in tensors.items()}:
+        if {k: (t.shape, t.dtype) for k, t in own.items()} != {
+            k: (t.shape, t.dtype) for k, t in tensors.items()
+        }:
             raise ValueError
-        if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+        if not all(
+            tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()
+        ):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
         for name, default in asdict(Counters()).items():
@@ -1001,7 +1154,10 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, agent: Agent, rep
     except Exception as error:  # such a file can raise anything
         if out_of_memory(error):
             raise
-        fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
+        fail(
+            f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite",
+            1,
+        )
     rewind_events(path.parent, events)
     return counters
 
@@ -1032,22 +1188,34 @@ def resolve(args: Args) -> Args:
         if value != "auto" and not low <= value <= high:  # nan is out of every range
             fail(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}", 2)
     if args.action_repeat == 0:
-        args = replace(args, action_repeat=4 if args.env_id in ("cheetah-run", "reacher-easy") else 2)
+        args = replace(
+            args, action_repeat=4 if args.env_id in ("cheetah-run", "reacher-easy") else 2
+        )
     if args.sam_rho == "auto":
         args = replace(args, sam_rho=0.1 if args.env_id.startswith("quadruped-") else 0.01)
     num_steps = args.total_timesteps // args.action_repeat
     if not args.learning_starts < num_steps:
-        fail(f"--learning-starts must be below the agent steps, {num_steps:,} (--total-timesteps / --action-repeat)", 2)
+        fail(
+            f"--learning-starts must be below the agent steps, {num_steps:,} (--total-timesteps / --action-repeat)",
+            2,
+        )
     if args.buffer_size > num_steps:
         args = replace(args, buffer_size=num_steps)
     if args.resume and args.overwrite:
         fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
-    if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
+    if (
+        args.exp_name in ("", "..")
+        or Path(args.exp_name).name != args.exp_name
+        or not args.exp_name.isprintable()
+    ):
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
     if not str(args.run_dir).isprintable():
         fail(f"--run-dir {str(args.run_dir)!r}: must be printable", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
+        fail(
+            "--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build",
+            1,
+        )
     if args.track and find_spec("wandb") is None:
         fail("--track needs Weights & Biases: pip install wandb", 1)
     if args.device == "auto":
@@ -1070,7 +1238,8 @@ def memory_needed(action_dim: int, args: Args) -> tuple[int, int]:
     """Bytes of the replay buffer, and of the rest that a run holds on its device, about, PyTorch itself aside."""
     with torch.device("meta"):  # shapes without memory
         parameters = sum(
-            w.numel() for w in (*Critic(action_dim, args).parameters(), *Actor(action_dim, args).parameters())
+            w.numel()
+            for w in (*Critic(action_dim, args).parameters(), *Actor(action_dim, args).parameters())
         )
     frame = (1 if args.grayscale else 3) * args.image_size**2
     replay = int(1.01 * args.buffer_size) * (frame + 4 * action_dim + 25)
@@ -1094,7 +1263,9 @@ def memory_available(device: torch.device) -> float:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(meminfo["MemAvailable"].split()[0])
     with suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
         available = min(available, limit - used)
     return available
 
@@ -1108,9 +1279,7 @@ def place_replay(action_dim: int, args: Args) -> torch.device:
     if device != host and training <= memory_available(device) and replay <= memory_available(host):
         return host
     needed, free = (replay + training) / 2**30, memory_available(device) / 2**30
-    sizes = (
-        f"about {needed:,.1f} GiB of memory, {replay / 2**30:,.1f} of it replay, and {args.device} has {free:,.1f} free"
-    )
+    sizes = f"about {needed:,.1f} GiB of memory, {replay / 2**30:,.1f} of it replay, and {args.device} has {free:,.1f} free"
     fail(f"needs {sizes}; lower --buffer-size, --image-size or --batch-size", 1)
 
 
@@ -1118,7 +1287,9 @@ def save_gif(frames: list[np.ndarray], env: DMControl, file: BinaryIO) -> None:
     """Frames, uint8 [1 or 3, H, W], at the task's own pace."""
     milliseconds = round(1000 * env.env.control_timestep() * env.args.action_repeat)
     first, *others = [Image.fromarray(frame.transpose(1, 2, 0).squeeze()) for frame in frames]
-    first.save(file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    first.save(
+        file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0
+    )
 
 
 def make_env(args: Args) -> DMControl:
@@ -1128,7 +1299,9 @@ def make_env(args: Args) -> DMControl:
         with warnings.catch_warnings(action="ignore"):  # of GLFW
             env.reset()
     except Exception as error:  # of MuJoCo, PyOpenGL, the driver
-        sys.unraisablehook = lambda hook: None  # their half-made objects would complain on the way out
+        sys.unraisablehook = lambda hook: (
+            None
+        )  # their half-made objects would complain on the way out
         warnings.simplefilter("ignore")
         fail(f"{NO_RENDERER} ({error})", 1)
     return env
@@ -1146,35 +1319,63 @@ def run(args: Args, stop: Stop) -> None:
     with lock_directory(run_dir):
         if result_path.exists() and not args.overwrite:
             if not args.resume:
-                fail(f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
+                fail(
+                    f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite",
+                    1,
+                )
             try:
                 saved = dict(json.loads(result_path.read_text())["args"])
             except Exception:  # such a file can raise anything
-                fail(f"{result_path}: not a result that this script wrote; move it away or pass --overwrite", 1)
+                fail(
+                    f"{result_path}: not a result that this script wrote; move it away or pass --overwrite",
+                    1,
+                )
             compare_flags(flags, saved, result_path)
             print(f"{run_dir}: finished already")
             checkpoint_path.unlink(missing_ok=True)  # the run may have been killed before it could
             return
         resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
-            fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
-        if not resumed and not args.overwrite and any((run_dir / name).exists() for name in ("model.pth", "video.gif")):
-            fail(f"{run_dir} holds a model or video without its result; move it away or pass --overwrite", 1)
+            fail(
+                f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew",
+                1,
+            )
+        if (
+            not resumed
+            and not args.overwrite
+            and any((run_dir / name).exists() for name in ("model.pth", "video.gif"))
+        ):
+            fail(
+                f"{run_dir} holds a model or video without its result; move it away or pass --overwrite",
+                1,
+            )
         train(run_dir, args, flags, env, replay_device, resumed, stop)
 
 
 def device_name(args: Args) -> str:
     """The GPU's name, or the number of the CPU's threads."""
-    return torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
 
 
 def train(
-    run_dir: Path, args: Args, flags: dict, env: DMControl, replay_device: torch.device, resumed: bool, stop: Stop
+    run_dir: Path,
+    args: Args,
+    flags: dict,
+    env: DMControl,
+    replay_device: torch.device,
+    resumed: bool,
+    stop: Stop,
 ) -> None:
     """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     device, action_dim = torch.device(args.device), env.action_space.shape[0]
-    torch.manual_seed(args.seed)  # initialisers, at the start and at resets, and random actions before learning starts
+    torch.manual_seed(
+        args.seed
+    )  # initialisers, at the start and at resets, and random actions before learning starts
     # Sampling has a generator of its own, and so have augmentation and noise.
     seeds = torch.randint(2**31, (2,)).tolist()
     generator, sampling = (
@@ -1187,24 +1388,44 @@ def train(
     agent = Agent(action_dim, args, generator)
     episode_steps = math.ceil(env.env._step_limit / args.action_repeat)
     replay = ReplayBuffer(
-        args.buffer_size, episode_steps, env.observation_space.shape, action_dim, args.frame_stack, replay_device
+        args.buffer_size,
+        episode_steps,
+        env.observation_space.shape,
+        action_dim,
+        args.frame_stack,
+        replay_device,
     )
     parameters = sum(w.numel() for group in agent.parameters.values() for w in group)
 
-    counters = load_checkpoint(checkpoint_path, flags, generators, agent, replay) if resumed else Counters()
+    counters = (
+        load_checkpoint(checkpoint_path, flags, generators, agent, replay)
+        if resumed
+        else Counters()
+    )
     if resumed:
         counters.resumed_at.append(counters.step)
         stop.hint = "; --resume continues the run"
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        names = {
+            "project": args.wandb_project_name,
+            "entity": args.wandb_entity,
+            "name": run_dir.name,
+        }
         try:
-            tracked = wandb.init(**names, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True)
+            tracked = wandb.init(
+                **names, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True
+            )
         except wandb.Error as error:  # no login, no network
             fail(f"--track: Weights & Biases says: {' '.join(str(error).split())}", 1)
         counters.wandb_id = tracked.id
-    for name in ("result.json", "checkpoint.pth", "model.pth", "video.gif"):  # of an overwritten run
+    for name in (
+        "result.json",
+        "checkpoint.pth",
+        "model.pth",
+        "video.gif",
+    ):  # of an overwritten run
         if not resumed:
             (run_dir / name).unlink(missing_ok=True)
         (run_dir / f"{name}.tmp").unlink(missing_ok=True)
@@ -1212,12 +1433,16 @@ def train(
         rewind_events(run_dir, {})
     writer = SummaryWriter(str(run_dir))
     if not resumed:
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
+        writer.add_text(
+            "args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags)
+        )
     start = f"continued after step {counters.step:,}, " if resumed else ""
     size = f"{parameters:,} parameters, {num_steps:,} steps of {args.action_repeat}, {num_updates:,} updates"
     size += f", SAM {args.sam_rho:g}, on {device_name(args)}"
     memory = [n / 2**30 for n in memory_needed(action_dim, args)]
-    print(f"{run_dir}: {start}{size}, about {sum(memory):.1f} GiB, {memory[0]:.1f} of it replay on {replay_device}")
+    print(
+        f"{run_dir}: {start}{size}, about {sum(memory):.1f} GiB, {memory[0]:.1f} of it replay on {replay_device}"
+    )
 
     def next_batch() -> Batch:
         batch = replay.sample(args.batch_size, sampling)
@@ -1238,7 +1463,9 @@ def train(
     replay.start(frame)
     episode_return, episode_length = 0.0, 0
     to_capture = args.cuda_graph and device.type == "cuda"
-    progress = tqdm(initial=counters.step, total=num_steps, desc=args.env_id, unit="step", disable=None)
+    progress = tqdm(
+        initial=counters.step, total=num_steps, desc=args.env_id, unit="step", disable=None
+    )
     stop.obey(at_once=False)
     while True:
         if evaluation_due(counters.step, num_steps, args):
@@ -1292,7 +1519,9 @@ def train(
                     progress.close()
                     writer.close()
                     problem = f"{longest_row} updates in a row had a non-finite gradient"
-                    fail(f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1)
+                    fail(
+                        f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1
+                    )
                 names = ("td_loss", "actor_loss", "q_values", "entropy", "temperature")
                 for name, value in zip(names, statistics.tolist(), strict=True):
                     writer.add_scalar(f"losses/{name}", value, step)
@@ -1300,7 +1529,9 @@ def train(
                 writer.add_scalar("charts/resets", counters.resets, step)
                 writer.add_scalar("charts/nonfinite_rewards", counters.nonfinite_rewards, step)
                 training_time = time.perf_counter() - start_time - counters.measuring_seconds
-                writer.add_scalar("charts/SPS", step * args.action_repeat / training_time, step)  # as in result.json
+                writer.add_scalar(
+                    "charts/SPS", step * args.action_repeat / training_time, step
+                )  # as in result.json
             if due(args.metrics_interval, step):
                 measuring_start = time.perf_counter()
                 for name, value in plasticity_metrics(agent, replay, step).items():
@@ -1313,7 +1544,9 @@ def train(
         else:
             checkpoint_due = due(args.checkpoint_interval, step)
         # Before an evaluation too: it can take minutes.
-        if args.checkpoint_interval != 0 and (checkpoint_due or evaluation_due(step, num_steps, args) or stop.signum):
+        if args.checkpoint_interval != 0 and (
+            checkpoint_due or evaluation_due(step, num_steps, args) or stop.signum
+        ):
             counters.seconds = time.perf_counter() - start_time
             writer.flush()
             try:
@@ -1332,7 +1565,11 @@ def train(
     wall_clock = time.perf_counter() - start_time
     training_time = wall_clock - counters.measuring_seconds
     skipped = int(agent.counts[1])
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "mujoco": version("mujoco")}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mujoco": version("mujoco"),
+    }
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id, "seed": args.seed,
@@ -1349,23 +1586,34 @@ def train(
         if args.capture_video:
             write_atomically(run_dir / "video.gif", lambda file: save_gif(video, env, file))
         if args.save_model:
-            networks = {"backbone": agent.online.backbone.state_dict(), "actor": agent.actor.state_dict()}
+            networks = {
+                "backbone": agent.online.backbone.state_dict(),
+                "actor": agent.actor.state_dict(),
+            }
             model = {"args": flags, "action_dim": action_dim, **networks}
             write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
     except OSError:
-        if not checkpoint_path.exists():  # else --resume repeats the evaluation and writes all three
-            write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+        if (
+            not checkpoint_path.exists()
+        ):  # else --resume repeats the evaluation and writes all three
+            write_atomically(
+                result_path, lambda file: file.write(json.dumps(result, indent=2).encode())
+            )
         raise
     write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
     checkpoint_path.unlink(missing_ok=True)
     if skipped > 0:
-        print(f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped")
+        print(
+            f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped"
+        )
     if counters.nonfinite_rewards > 0:
         print(f"{counters.nonfinite_rewards:,} rewards were not finite numbers and were taken as 0")
     print(summary(args.env_id, returns) + f"; {result_path}")
 
 
-def capture_all(agent: Agent, next_batch: Callable[[], Batch], replay: ReplayBuffer) -> tuple[Callable, Callable]:
+def capture_all(
+    agent: Agent, next_batch: Callable[[], Batch], replay: ReplayBuffer
+) -> tuple[Callable, Callable]:
     """update() and act() as CUDA graphs. Sampling stays outside of them: the replay may lie in the host's memory."""
     batch, obs = next_batch(), replay.newest().to(agent.generator.device)
     changing, generators = list(agent.tensors().values()), (agent.generator,)
@@ -1400,7 +1648,9 @@ def evaluate_saved(args: Args) -> None:
     if args.capture_video and gif.exists() and not args.overwrite:
         fail(f"{gif} exists; pass --overwrite to replace it", 1)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
             model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         ours = {name: getattr(args, name) for name in ("device", "eval_episodes", "torch_threads")}
         saved = resolve(replace(Args(**model["args"]), **ours, track=False))
@@ -1417,10 +1667,16 @@ def evaluate_saved(args: Args) -> None:
     except Exception as error:  # such a file can raise anything
         if out_of_memory(error):
             raise
-        fail(f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)", 1)
+        fail(
+            f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)",
+            1,
+        )
     env, video = make_env(saved), [] if args.capture_video else None
     if env.action_space.shape != (agent.action_dim,):
-        fail(f"--evaluate {str(args.evaluate)!r}: a model of {agent.action_dim} actions, not of {saved.env_id}", 1)
+        fail(
+            f"--evaluate {str(args.evaluate)!r}: a model of {agent.action_dim} actions, not of {saved.env_id}",
+            1,
+        )
     print(summary(saved.env_id, evaluate(agent, saved, video)))
     if args.capture_video:
         write_atomically(gif, lambda file: save_gif(video, env, file))
@@ -1438,12 +1694,16 @@ if __name__ == "__main__":
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop.request)
     # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
-    threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    threading.excepthook = lambda hook: (
+        None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    )
     gym.logger.min_level = 50  # what goes wrong in an evaluation's process is raised here
     args = resolve(tyro.cli(Args))
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch has it in convolutions
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32 in matrix products, as PyTorch has it in convolutions
     try:
         if args.evaluate is None:
             run(args, stop)

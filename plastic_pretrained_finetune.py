@@ -213,7 +213,9 @@ class NoisyLinear(nn.Module):
         if not noisy:
             return F.linear(x, self.weight_mu, self.bias_mu)
         # mu + sigma * outer(noise_out, noise_in); a second matrix product for the noisy part takes longer on the CPU.
-        weight = torch.addcmul(self.weight_mu, self.weight_sigma * self.noise_in, self.noise_out[:, None])
+        weight = torch.addcmul(
+            self.weight_mu, self.weight_sigma * self.noise_in, self.noise_out[:, None]
+        )
         bias = torch.addcmul(self.bias_mu, self.bias_sigma, self.noise_out)
         return F.linear(x, weight, bias)
 
@@ -228,7 +230,9 @@ class NoisyStream(nn.Module):
         self.norm = nn.LayerNorm(args.hidden_dim, eps=1e-6) if norm else nn.Identity()
         self.activation = CReLU() if args.crelu else nn.ReLU()
         # CReLU doubles what the layer gives out, so the next layer's fan-in doubles; the width stays.
-        self.output = NoisyLinear(args.hidden_dim * (2 if args.crelu else 1), out_features, args.noisy_std)
+        self.output = NoisyLinear(
+            args.hidden_dim * (2 if args.crelu else 1), out_features, args.noisy_std
+        )
 
     def forward(self, x: Tensor, noisy: bool = True) -> Tensor:
         return self.output(self.activation(self.norm(self.hidden(x, noisy))), noisy)
@@ -261,7 +265,10 @@ class ResidualConv(nn.Conv2d):
     def reset_parameters(self) -> None:
         """Fresh parameters, in place."""
         super().reset_parameters()  # the bias, as PyTorch has it
-        nn.init.normal_(self.weight, std=self.scale * math.sqrt(2 / (len(self.weight) * self.weight[0, 0].numel())))
+        nn.init.normal_(
+            self.weight,
+            std=self.scale * math.sqrt(2 / (len(self.weight) * self.weight[0, 0].numel())),
+        )
 
 
 class DownConv(ResidualConv):
@@ -285,7 +292,9 @@ class InvertedResidual(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         hidden = 2 * in_channels
-        self.down = DownConv(in_channels, out_channels, stride, stride) if stride > 1 else nn.Identity()
+        self.down = (
+            DownConv(in_channels, out_channels, stride, stride) if stride > 1 else nn.Identity()
+        )
         self.layers = nn.Sequential(
             ResidualConv(in_channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU(),
             ResidualConv(hidden, hidden, 3, stride, padding=1, groups=hidden), nn.BatchNorm2d(hidden), nn.ReLU(),
@@ -324,7 +333,9 @@ class QNetwork(nn.Module):
 
     def q_values(self, log_probs: Tensor) -> Tensor:
         """Means of the return distributions: [..., n_atoms] -> [...]."""
-        return (log_probs.exp() * self.support).sum(-1)  # not a matrix product: TF32 would round the support
+        return (log_probs.exp() * self.support).sum(
+            -1
+        )  # not a matrix product: TF32 would round the support
 
     def sample_noise(self, generator: torch.Generator) -> None:
         """Draw new noise in every noisy layer."""
@@ -353,7 +364,13 @@ class SimTPR(nn.Module):
         self.backbone = Backbone()
         self.projector = nn.Sequential(nn.Linear(3136, width), nn.ReLU(), nn.Linear(width, width))
         layer = nn.TransformerEncoderLayer(
-            width, heads, dim_feedforward=4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width,
+            heads,
+            dim_feedforward=4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.predictor = nn.Sequential(
@@ -363,7 +380,9 @@ class SimTPR(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Stacks in [0, 1] [N, T, 4, 84, 84] -> projections [N, T, D], and predictions of the T - 1 later ones."""
         num, length = images.shape[:2]
-        projections = self.projector(self.backbone(images.flatten(0, 1))).unflatten(0, (num, length))
+        projections = self.projector(self.backbone(images.flatten(0, 1))).unflatten(
+            0, (num, length)
+        )
         past = projections[:, :-1] + positions(length - 1, projections.shape[-1], images.device)
         mask = nn.Transformer.generate_square_subsequent_mask(length - 1, device=images.device)
         context = self.transformer(past, mask=mask, is_causal=True)
@@ -395,11 +414,15 @@ def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) 
     return (diagonal - 1).square().sum() + off_diagonal_weight * off_diagonal
 
 
-def pretraining_loss(network: SimTPR, frames: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+def pretraining_loss(
+    network: SimTPR, frames: Tensor, args: Args, generator: torch.Generator
+) -> Tensor:
     """SimTPR's loss of videos, uint8 [N, T + 3, 84, 84]: two views, each predicting the other's next projection."""
     views = []
     for _ in range(2):
-        images = augment(frames, args.aug_shift, args.aug_intensity, generator)  # one draw per video
+        images = augment(
+            frames, args.aug_shift, args.aug_intensity, generator
+        )  # one draw per video
         views.append(network(images.unfold(1, FRAME_STACK, 1).permute(0, 1, 4, 2, 3)))
     (one, from_one), (other, from_other) = views
     prediction = (prediction_loss(from_one, other) + prediction_loss(from_other, one)) / 2
@@ -407,7 +430,11 @@ def pretraining_loss(network: SimTPR, frames: Tensor, args: Args, generator: tor
 
 
 def pretrain_update(
-    network: SimTPR, optimizer: torch.optim.AdamW, frames: Tensor, args: Args, generator: torch.Generator
+    network: SimTPR,
+    optimizer: torch.optim.AdamW,
+    frames: Tensor,
+    args: Args,
+    generator: torch.Generator,
 ) -> Tensor:
     """One gradient update on videos, uint8 [N, T + 3, 84, 84]; returns the loss."""
     loss = pretraining_loss(network, frames, args, generator)
@@ -430,7 +457,11 @@ def errors_of(path: Path) -> Iterator[None]:
     except EOFError:
         fail(f"{path}: ends too early", 1)
     except Exception as error:  # such a file can raise anything
-        problem = error.strerror if isinstance(error, OSError) and error.strerror else f"{error or repr(error)}"
+        problem = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else f"{error or repr(error)}"
+        )
         fail(f"{path}: {problem[:300]}", 1)
 
 
@@ -447,7 +478,9 @@ def open_array(path: Path, frame_shape: tuple[int, ...]) -> tuple[BinaryIO, int]
             raise ValueError("in Fortran's order")
         types = (np.uint8,) if frame_shape else (np.uint8, np.bool_)
         if shape[1:] != frame_shape or min(shape, default=-1) < 0 or dtype not in types:
-            raise ValueError(f"holds {dtype} {list(shape)}, not uint8 {['n', *frame_shape]}".replace("'", ""))
+            raise ValueError(
+                f"holds {dtype} {list(shape)}, not uint8 {['n', *frame_shape]}".replace("'", "")
+            )
     return file, shape[0]
 
 
@@ -455,14 +488,20 @@ def video_files(directory: Path) -> list[tuple[Path, Path]]:
     """(observations, terminals) of each checkpoint: observation_<run>_<n>.gz, or $store$_observation_ckpt.<n>.gz."""
     pattern = r"observation_\d+_\d+\.gz|\$store\$_observation_ckpt\.\d+\.gz"
     observations = sorted(path for path in directory.iterdir() if re.fullmatch(pattern, path.name))
-    return [(path, path.with_name(path.name.replace("observation", "terminal"))) for path in observations]
+    return [
+        (path, path.with_name(path.name.replace("observation", "terminal")))
+        for path in observations
+    ]
 
 
 def count_frames(files: list[tuple[Path, Path]]) -> int:
     """Number of frames in all files, by their headers; ends with one line where a file is not what it should be."""
     total = 0
     for observations, terminals in files:
-        (file, num), (other_file, other_num) = open_array(observations, (84, 84)), open_array(terminals, ())
+        (file, num), (other_file, other_num) = (
+            open_array(observations, (84, 84)),
+            open_array(terminals, ()),
+        )
         with file, other_file:
             if num != other_num:
                 fail(f"{terminals}: holds {other_num} values, and its other half {num} frames", 1)
@@ -498,7 +537,9 @@ def read_file(paths: tuple[Path, Path], block: int) -> Iterator[tuple[np.ndarray
                     raise ValueError("goes on after what its header says")
 
 
-def read_videos(files: list[tuple[Path, Path]], block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def read_videos(
+    files: list[tuple[Path, Path]], block: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks of at most `block` frames, uint8 [n, 84, 84], and terminals, bool [n]; each takes some of every file.
 
     So no file's frames are the last ones that the network and its BatchNorm see.
@@ -508,11 +549,15 @@ def read_videos(files: list[tuple[Path, Path]], block: int) -> Iterator[tuple[np
         yield np.concatenate(frames), np.concatenate(ends)
 
 
-def draw_videos(frames: np.ndarray, terminals: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+def draw_videos(
+    frames: np.ndarray, terminals: np.ndarray, length: int, rng: np.random.Generator
+) -> np.ndarray:
     """Starts of as many videos of `length` frames as the frames make, at random, none across an episode's end."""
     ends = np.concatenate([[0], np.cumsum(terminals)])
     starts = np.arange(max(len(frames) - length + 1, 0))
-    inside = starts[ends[starts + length - 1] == ends[starts]]  # the last frame may be an episode's last
+    inside = starts[
+        ends[starts + length - 1] == ends[starts]
+    ]  # the last frame may be an episode's last
     return rng.permutation(inside)[: len(frames) // length] if len(inside) else inside
 
 
@@ -543,14 +588,18 @@ def make_backbone(args: Args) -> nn.Sequential:
 def load_player(path: Path, env_id: str) -> QNetwork:
     """The network of a model that plastic_drq_rainbow_atari.py saved."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
             if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
                 raise ValueError
             model = torch.load(path, map_location="cpu", weights_only=True)
         args = SimpleNamespace(**model["args"])
         player = QNetwork(make_backbone(args), int(make_envs(env_id, 1, 0).action_space.n), args)
         player.load_state_dict(model["target"])
-        if args.env_id != env_id or not all(w.isfinite().all() for w in player.state_dict().values()):
+        if args.env_id != env_id or not all(
+            w.isfinite().all() for w in player.state_dict().values()
+        ):
             raise ValueError
     except OSError as error:
         fail(f"--collect-model {str(path)!r}: {error.strerror or error}", 1)
@@ -572,18 +621,29 @@ def record(directory: Path, player: QNetwork | None, args: Args) -> None:
     shapes = ((args.collect_steps, 84, 84), (args.collect_steps,))
     temporaries = [directory / f"{name}.tmp" for name in RECORDED]
     try:
-        with gzip.open(temporaries[0], "wb", compresslevel=1) as pixels, gzip.open(temporaries[1], "wb") as terminals:
+        with (
+            gzip.open(temporaries[0], "wb", compresslevel=1) as pixels,
+            gzip.open(temporaries[1], "wb") as terminals,
+        ):
             for file, shape in zip((pixels, terminals), shapes, strict=True):
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
             frames, info = envs.reset()
             stack, lives = np.zeros((1, FRAME_STACK, 84, 84), np.uint8), info["lives"][0]
             for _ in tqdm(range(args.collect_steps), desc="recording", unit="frame", disable=None):
                 stack = np.concatenate([stack[:, 1:], frames], axis=1)
                 action = int(rng.integers(num_actions))
                 if player is not None and rng.random() >= 0.01:
-                    action = int(player.q_values(player(to_images(torch.from_numpy(stack)), noisy=False)).argmax())
+                    action = int(
+                        player.q_values(
+                            player(to_images(torch.from_numpy(stack)), noisy=False)
+                        ).argmax()
+                    )
                 pixels.write(frames.tobytes())
-                frames, _, terminated, truncated, info = envs.step(np.array([action], dtype=np.int32))
+                frames, _, terminated, truncated, info = envs.step(
+                    np.array([action], dtype=np.int32)
+                )
                 over = bool(terminated[0] or truncated[0])
                 terminals.write(bytes([over]))
                 if over:
@@ -628,14 +688,18 @@ class ReplayBuffer:
         self.frames = torch.zeros((self.slots, 84, 84), dtype=torch.uint8, device=device)
         self.actions = torch.zeros(self.slots, dtype=torch.int64, device=device)
         self.rewards = torch.zeros(self.slots, device=device)
-        self.ends = torch.ones(self.slots, dtype=torch.bool, device=device)  # nothing comes before the first frame
+        self.ends = torch.ones(
+            self.slots, dtype=torch.bool, device=device
+        )  # nothing comes before the first frame
         self.priorities = torch.zeros(self.slots, device=device)
         self.max_priority = torch.ones((), device=device)
         self.gammas = gamma ** torch.arange(n_step + 1, device=device)
         self.window = torch.arange(n_step, device=device)
         self.history = torch.arange(1 - FRAME_STACK, 1, device=device)
         self.cursor = 0
-        self.newest_slot = torch.zeros(1, dtype=torch.int64, device=device)  # the cursor, for a CUDA graph
+        self.newest_slot = torch.zeros(
+            1, dtype=torch.int64, device=device
+        )  # the cursor, for a CUDA graph
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
     def start(self, frame: np.ndarray) -> None:
@@ -661,7 +725,9 @@ class ReplayBuffer:
         self.pending += 1
         num_complete = self.pending if end else max(self.pending - self.n_step + 1, 0)
         first = slot - self.pending + 1
-        slots = torch.arange(first, first + num_complete, device=self.priorities.device) % self.slots
+        slots = (
+            torch.arange(first, first + num_complete, device=self.priorities.device) % self.slots
+        )
         self.priorities[slots] = self.max_priority
         self.pending -= num_complete
         # The oldest transition goes: the new frame has overwritten the first of its stack.
@@ -683,15 +749,26 @@ class ReplayBuffer:
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
         window = (index[:, None] + self.window) % self.slots
-        alive = (~self.ends[window]).float().cumprod(1)  # [B, n]: 1 while nothing has ended, this step included
-        reached = torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1)  # 1 for the steps that happened
+        alive = (
+            (~self.ends[window]).float().cumprod(1)
+        )  # [B, n]: 1 while nothing has ended, this step included
+        reached = torch.cat(
+            [torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1
+        )  # 1 for the steps that happened
         n_step_return = (self.rewards[window] * reached * self.gammas[:-1]).sum(1)
         next_obs = self.stack((index + self.n_step) % self.slots)
         return Batch(
-            index, self.stack(index), self.actions[index], n_step_return, self.gammas[-1] * alive[:, -1], next_obs
+            index,
+            self.stack(index),
+            self.actions[index],
+            n_step_return,
+            self.gammas[-1] * alive[:, -1],
+            next_obs,
         )
 
-    def sample(self, batch_size: int, beta: Tensor, generator: torch.Generator) -> tuple[Batch, Tensor]:
+    def sample(
+        self, batch_size: int, beta: Tensor, generator: torch.Generator
+    ) -> tuple[Batch, Tensor]:
         """Stratified proportional sampling (Schaul et al., 2016, appendix B.2.1) of batch_size transitions.
 
         Also returns their importance weights (1 / (N p)) ** beta over the largest in the batch, float32 [B]: in that
@@ -711,11 +788,17 @@ class ReplayBuffer:
     def sample_uniform(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         valid = (self.priorities > 0).float()
-        return self.gather(torch.multinomial(valid, batch_size, replacement=True, generator=generator))
+        return self.gather(
+            torch.multinomial(valid, batch_size, replacement=True, generator=generator)
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds of it; `newest_slot` has the cursor."""
-        return {f"replay.{name}": value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {
+            f"replay.{name}": value
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
         """Set the priorities [B] of slots `index` [B] and the running maximum that new transitions get."""
@@ -730,10 +813,18 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generato
     """
     batch, channels, height, width = obs.shape
     if shift > 0:
-        dy, dx = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device)
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)  # clamping repeats the edge
+        dy, dx = torch.randint(
+            -shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device
+        )
+        rows = (torch.arange(height, device=obs.device) + dy).clamp(
+            0, height - 1
+        )  # clamping repeats the edge
         columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
-        pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1).expand(-1, channels, -1)
+        pixels = (
+            (rows[:, :, None] * width + columns[:, None, :])
+            .view(batch, 1, -1)
+            .expand(-1, channels, -1)
+        )
         obs = obs.flatten(2).gather(2, pixels).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
@@ -808,8 +899,12 @@ def project(next_probs: Tensor, n_step_return: Tensor, discount: Tensor, support
     """
     delta = support[1] - support[0]
     atoms = (n_step_return[:, None] + discount[:, None] * support).clamp(support[0], support[-1])
-    share = (1 - (atoms[:, None, :] - support[:, None]).abs() / delta).clamp(min=0)  # [B, N to, N from]
-    return (share * next_probs[:, None, :]).sum(2)  # not a matrix product: TF32 would round the probabilities
+    share = (1 - (atoms[:, None, :] - support[:, None]).abs() / delta).clamp(
+        min=0
+    )  # [B, N to, N from]
+    return (share * next_probs[:, None, :]).sum(
+        2
+    )  # not a matrix product: TF32 would round the probabilities
 
 
 def take_action(log_probs: Tensor, action: Tensor) -> Tensor:
@@ -839,18 +934,29 @@ class Agent:
     """
 
     def __init__(
-        self, backbone: nn.Module, num_actions: int, num_updates: int, args: Args, generator: torch.Generator
+        self,
+        backbone: nn.Module,
+        num_actions: int,
+        num_updates: int,
+        args: Args,
+        generator: torch.Generator,
     ) -> None:
         self.args, self.num_updates, self.generator = args, num_updates, generator
         device = generator.device
-        self.online = QNetwork(backbone, num_actions, args).to(device, memory_format=torch.channels_last)
+        self.online = QNetwork(backbone, num_actions, args).to(
+            device, memory_format=torch.channels_last
+        )
         self.online.backbone.requires_grad_(not args.freeze_backbone)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.pretrained = [w.detach().clone() for w in self.online.backbone.parameters()]
         self.parameters = [w for w in self.online.parameters() if w.requires_grad]
         capturable = device.type == "cuda"
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=capturable
+            self.parameters,
+            lr=args.learning_rate,
+            eps=args.adam_eps,
+            fused=True,
+            capturable=capturable,
         )
         # The hook of PyTorch's GradScaler: where this is 1, fused Adam leaves weights, moments and step alone, and
         # no host sync is needed to know it.
@@ -910,7 +1016,9 @@ class Agent:
         move_target(target, online, (1 - args.target_ema) * applied)
         # Priorities come from the first pass. The floor: 0 would mark a perfectly fitted transition as unsampleable.
         priorities = (cross_entropy.detach() ** args.per_alpha).clamp(min=1e-8)
-        replay.update_priorities(batch.index, torch.where(applied, priorities, replay.priorities[batch.index]))
+        replay.update_priorities(
+            batch.index, torch.where(applied, priorities, replay.priorities[batch.index])
+        )
         self.count(skipped=~applied)
         return torch.stack([loss.detach(), online.q_values(log_probs.detach()).mean(), grad_norm])
 
@@ -918,7 +1026,9 @@ class Agent:
         """Count one update."""
         updates, skips, in_a_row, longest = self.counts
         in_a_row = (in_a_row + 1) * skipped
-        self.counts.copy_(torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)]))
+        self.counts.copy_(
+            torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)])
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All that update() and reset() change in place, but for generator and priorities; and the reset's anchor."""
@@ -941,7 +1051,9 @@ class Agent:
 
 
 def capture(
-    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[torch.Generator, ...] = ()
+    function: Callable[[], Tensor],
+    tensors: list[Tensor],
+    generators: tuple[torch.Generator, ...] = (),
 ) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
@@ -949,7 +1061,10 @@ def capture(
     are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
     choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
     """
-    saved, states = [tensor.clone() for tensor in tensors], [generator.get_state() for generator in generators]
+    saved, states = (
+        [tensor.clone() for tensor in tensors],
+        [generator.get_state() for generator in generators],
+    )
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -976,7 +1091,9 @@ def capture(
 
 
 @torch.no_grad()
-def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None) -> list[float]:
+def evaluate(
+    network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None
+) -> list[float]:
     """Play --eval-episodes full games side by side, one per environment, so that short games are not over-counted.
 
     The network (the target network, in the paper) plays without noise, with --eval-epsilon random actions.
@@ -991,12 +1108,18 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
     stacks = torch.zeros((num_episodes, FRAME_STACK, 84, 84), dtype=torch.uint8, device=device)
     stacks[:, -1] = torch.from_numpy(frames[:, 0]).to(device)
     lives, returns = info["lives"].copy(), np.zeros(num_episodes)
-    playing = np.arange(num_episodes, dtype=np.int32)  # games over are left alone: their next step would reset them
-    with tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False) as progress:
+    playing = np.arange(
+        num_episodes, dtype=np.int32
+    )  # games over are left alone: their next step would reset them
+    with tqdm(
+        total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False
+    ) as progress:
         while len(playing) > 0:
             if video is not None and 0 in playing:
                 video.append(stacks[0, -1].clone().cpu().numpy())
-            log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False)
+            log_probs = network(
+                to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False
+            )
             actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
             explore = rng.random(len(playing)) < args.eval_epsilon
             actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
@@ -1006,7 +1129,9 @@ def evaluate(network: QNetwork, env_id: str, args: Args, video: list[np.ndarray]
             lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
             lives[playing] = info["lives"]
             index = torch.from_numpy(playing).to(device)
-            history = stacks[index, 1:] * torch.from_numpy(~lost_life).to(device)[:, None, None, None]
+            history = (
+                stacks[index, 1:] * torch.from_numpy(~lost_life).to(device)[:, None, None, None]
+            )
             stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
             over = terminated | truncated
             progress.update(int(over.sum()))
@@ -1042,17 +1167,27 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(
-    loss: Tensor, parameters: list[nn.Parameter], generator: torch.Generator, tolerance: float = 1e-3
+    loss: Tensor,
+    parameters: list[nn.Parameter],
+    generator: torch.Generator,
+    tolerance: float = 1e-3,
 ) -> float:
     """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
 
     Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
     largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest. TF32 leaves three digits.
     """
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+    )
 
     def hessian_times(vector: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)])
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+            ]
+        )
 
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
@@ -1072,7 +1207,9 @@ def max_eigenvalue(
     return float(ritz_values[-1])
 
 
-def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: torch.Generator) -> dict[str, float]:
+def plasticity_metrics(
+    agent: Agent, replay: ReplayBuffer, generator: torch.Generator
+) -> dict[str, float]:
     """Active units on 512 transitions and sharpness on 32, drawn uniformly; no noise, no augmentation, unit weights."""
     batch = replay.sample_uniform(512, generator)
     units = active_units(agent.online, lambda: agent.online(to_images(batch.obs), noisy=False))
@@ -1107,7 +1244,12 @@ def fail(message: str, code: int) -> NoReturn:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = ("can't allocate memory", "could not allocate memory", "unable to mmap", "could not create a primitive")
+    phrases = (
+        "can't allocate memory",
+        "could not allocate memory",
+        "unable to mmap",
+        "could not create a primitive",
+    )
     said = any(phrase in str(error).lower() for phrase in phrases)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
 
@@ -1123,7 +1265,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error on top
+        cause = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch.save puts its own error on top
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
@@ -1140,7 +1284,9 @@ class Counters:
     frames: int = 0  # of the videos, in pretraining
     loss: float = 0.0  # of pretraining, over the last block
     seconds: float = 0.0
-    measuring_seconds: float = 0.0  # of them in evaluations and metrics, which do not count as training
+    measuring_seconds: float = (
+        0.0  # of them in evaluations and metrics, which do not count as training
+    )
     resumed_at: list[int] = field(default_factory=list)  # steps after which the run was continued
     wandb_id: str | None = None
 
@@ -1174,7 +1320,10 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             fail(f"{run_dir}: another process is at work there", 1)
         except OSError:
-            print(f"warning: {run_dir}: no locks on this file system; start no second process there", file=sys.stderr)
+            print(
+                f"warning: {run_dir}: no locks on this file system; start no second process there",
+                file=sys.stderr,
+            )
         try:
             yield
         finally:
@@ -1187,18 +1336,30 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
 def compare_flags(flags: dict, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags, those of MAY_CHANGE aside."""
     if flags.keys() != saved.keys():
-        fail(f"{path} is of another version of this script; use another --exp-name, or --overwrite", 1)
+        fail(
+            f"{path} is of another version of this script; use another --exp-name, or --overwrite",
+            1,
+        )
     others = []
     for name in sorted(flags.keys() - MAY_CHANGE):
         if flags[name] != saved[name]:
             flag, value = name.replace("_", "-"), saved[name]
             value = " ".join(map(str, value)) if isinstance(value, list) else value
-            others.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+            others.append(
+                f"--{'' if value else 'no-'}{flag}"
+                if isinstance(value, bool)
+                else f"--{flag} {value}"
+            )
     if others:
-        fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
+        fail(
+            f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite",
+            1,
+        )
 
 
-def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dict, tensors: dict[str, Tensor]) -> None:
+def save_checkpoint(
+    path: Path, flags: dict, counters: Counters, generators: dict, tensors: dict[str, Tensor]
+) -> None:
     """Write all that a run needs to go on, but for the emulator. `generators` are torch.Generators by name."""
     checkpoint = {
         "script": Path(__file__).name,
@@ -1207,7 +1368,9 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, generators: dic
         "counters": asdict(counters),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "tensors": tensors,
-        "events": {file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")},
+        "events": {
+            file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")
+        },
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
@@ -1228,20 +1391,29 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, own: dict[str, Te
     kind of device, whose generators have other states, theirs are seeded anew.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
             if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
                 raise ValueError
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (Path(__file__).name, CHECKPOINT_VERSION):
+        if (checkpoint["script"], checkpoint["version"]) != (
+            Path(__file__).name,
+            CHECKPOINT_VERSION,
+        ):
             raise ValueError
         saved = dict(checkpoint["args"])
         if flags["total_timesteps"] > saved["total_timesteps"]:
             saved["total_timesteps"] = flags["total_timesteps"]
         compare_flags(flags, saved, path)
         tensors = checkpoint["tensors"]
-        if {k: (t.shape, t.dtype) for k, t in own.items()} != {k: (t.shape, t.dtype) for k, t in tensors.items()}:
+        if {k: (t.shape, t.dtype) for k, t in own.items()} != {
+            k: (t.shape, t.dtype) for k, t in tensors.items()
+        }:
             raise ValueError
-        if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+        if not all(
+            tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()
+        ):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
         for name, default in asdict(Counters()).items():
@@ -1265,7 +1437,10 @@ def load_checkpoint(path: Path, flags: dict, generators: dict, own: dict[str, Te
     except Exception as error:  # such a file can raise anything
         if out_of_memory(error):
             raise
-        fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
+        fail(
+            f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite",
+            1,
+        )
     rewind_events(path.parent, events)
     return counters
 
@@ -1276,11 +1451,19 @@ def load_pretrained(path: Path) -> dict[str, Tensor]:
     ours = Backbone().eval()
     shapes = {name: tuple(w.shape) for name, w in ours.state_dict().items()}
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
-            if is_zipfile(path) and ZipFile(path).testzip() is not None:  # torch.load checks no checksums
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
+            if (
+                is_zipfile(path) and ZipFile(path).testzip() is not None
+            ):  # torch.load checks no checksums
                 raise ValueError
             model = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-        state = {name.removeprefix("backbone."): w for name, w in model.items() if name.startswith("backbone.")}
+        state = {
+            name.removeprefix("backbone."): w
+            for name, w in model.items()
+            if name.startswith("backbone.")
+        }
         wrong = [f"missing {name}" for name in shapes if name not in state]
         wrong += [f"extra {name!r:.80}" for name in state if name not in shapes]
         for name, w in state.items():
@@ -1291,7 +1474,11 @@ def load_pretrained(path: Path) -> dict[str, Tensor]:
         if not wrong:
             ours.load_state_dict(state)
             values = [*ours.state_dict().values(), ours(torch.ones(1, FRAME_STACK, 84, 84))]
-            wrong = [] if all(w.isfinite().all() for w in values) else ["weights or features are not finite"]
+            wrong = (
+                []
+                if all(w.isfinite().all() for w in values)
+                else ["weights or features are not finite"]
+            )
     except OSError as error:
         fail(f"{where}: {error.strerror or error}", 1)
     except Exception:  # such a file can raise anything
@@ -1345,8 +1532,14 @@ RANGES = {  # of the flags, both ends included
 def resolve(args: Args) -> Args:
     """Fill in what is `auto`; end with one line at the first flag that makes no sense. Writes nothing."""
     if args.env_id not in GAMES:
-        closest = max(RANDOM_HUMAN, key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio())
-        fail(f"--env-id {args.env_id!r}: no such Atari game; the closest of the paper's 26 is {closest}", 2)
+        closest = max(
+            RANDOM_HUMAN,
+            key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio(),
+        )
+        fail(
+            f"--env-id {args.env_id!r}: no such Atari game; the closest of the paper's 26 is {closest}",
+            2,
+        )
     if args.exp_name == "auto":
         args = replace(args, exp_name=args.mode)
     for name, (low, high) in RANGES.items():
@@ -1359,17 +1552,28 @@ def resolve(args: Args) -> Args:
         fail("--buffer-size must be above --n-step", 2)
     if args.v_min >= args.v_max:
         fail("--v-min must be below --v-max", 2)
-    if args.mode == "finetune" and args.evaluate is None and (args.pretrained_path is None) != args.from_scratch:
+    if (
+        args.mode == "finetune"
+        and args.evaluate is None
+        and (args.pretrained_path is None) != args.from_scratch
+    ):
         ways = "download SimTPR's published weights, or make some with --mode pretrain; or pass --from-scratch"
         fail(f"--pretrained-path FILE or --from-scratch, one of them: {ways}", 2)
     if (args.collect_policy == "checkpoint") != (args.collect_model is not None):
         fail("--collect-policy checkpoint and --collect-model FILE go together", 2)
     if args.video_dir is not None and args.collect_model is not None:
         fail("--video-dir and --collect-model: videos are read or recorded, pass one of them", 2)
-    others = ("pretrained_path", "from_scratch") if args.mode == "pretrain" else ("video_dir", "collect_model")
+    others = (
+        ("pretrained_path", "from_scratch")
+        if args.mode == "pretrain"
+        else ("video_dir", "collect_model")
+    )
     for name in others:
         if getattr(args, name) and args.evaluate is None:
-            flag, mode = name.replace("_", "-"), "finetune" if args.mode == "pretrain" else "pretrain"
+            flag, mode = (
+                name.replace("_", "-"),
+                "finetune" if args.mode == "pretrain" else "pretrain",
+            )
             fail(f"--{flag} is of --mode {mode}", 2)
     if args.video_dir is not None:
         try:
@@ -1381,13 +1585,20 @@ def resolve(args: Args) -> Args:
             fail(f"--video-dir {str(args.video_dir)!r}: no {names} there", 1)
     if args.resume and args.overwrite:
         fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
-    if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
+    if (
+        args.exp_name in ("", "..")
+        or Path(args.exp_name).name != args.exp_name
+        or not args.exp_name.isprintable()
+    ):
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
     for name in ("run_dir", "pretrained_path", "video_dir", "collect_model"):
         if not str(getattr(args, name)).isprintable():
             fail(f"--{name.replace('_', '-')} {str(getattr(args, name))!r}: must be printable", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
+        fail(
+            "--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build",
+            1,
+        )
     if args.track and find_spec("wandb") is None:
         fail("--track needs Weights & Biases: pip install wandb", 1)
     if args.device == "auto":
@@ -1412,11 +1623,19 @@ def memory_needed(num_actions: int, args: Args) -> int:
         network = SimTPR() if args.mode == "pretrain" else QNetwork(Backbone(), num_actions, args)
     parameters, frame = sum(w.numel() for w in network.parameters()), 84 * 84
     outputs = 646_016  # of the encoder's convolutions, of one stack
-    if args.mode == "pretrain":  # weights, gradient, moments; of two views what autograd keeps, and what passes by
+    if (
+        args.mode == "pretrain"
+    ):  # weights, gradient, moments; of two views what autograd keeps, and what passes by
         stacks = 2 * args.pretrain_batch_size * args.pretrain_length
-        blocks = 3 * BLOCK_FRAMES * frame  # this one, the next one while it is read, and gzip's copy of it
-        return 4 * 4 * parameters + blocks + 4 * stacks * (5 * outputs // 2 + 2 * FRAME_STACK * frame)
-    num_copies = 9 if args.sam_rho > 0 else 8  # weights, gradient, moments, target, SAM's backup, composed
+        blocks = (
+            3 * BLOCK_FRAMES * frame
+        )  # this one, the next one while it is read, and gzip's copy of it
+        return (
+            4 * 4 * parameters + blocks + 4 * stacks * (5 * outputs // 2 + 2 * FRAME_STACK * frame)
+        )
+    num_copies = (
+        9 if args.sam_rho > 0 else 8
+    )  # weights, gradient, moments, target, SAM's backup, composed
     replay = (args.buffer_size + FRAME_STACK) * (frame + 8 + 4 + 1 + 4)
     # Of each transition: three float stacks, 2.5 times the encoder's outputs, the head's, and the projection's.
     head = 8 * args.hidden_dim + 4 * (num_actions + args.n_atoms) * args.n_atoms
@@ -1433,7 +1652,9 @@ def memory_available(device: torch.device) -> float:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(meminfo["MemAvailable"].split()[0])
     with suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
         available = min(available, limit - used)
     return available
 
@@ -1450,49 +1671,83 @@ def run(args: Args, stop: Stop) -> None:
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     flags = json.loads(json.dumps(asdict(args), default=str))  # as result.json gives them back
     num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
-    needed, available = memory_needed(num_actions, args) / 2**30, memory_available(torch.device(args.device)) / 2**30
+    needed, available = (
+        memory_needed(num_actions, args) / 2**30,
+        memory_available(torch.device(args.device)) / 2**30,
+    )
     if needed > available and (args.overwrite or not result_path.exists()):
         sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
         larger = "--buffer-size, --batch-size, --hidden-dim, --n-atoms or --eval-episodes"
-        fail(f"needs {sizes}; lower {'--pretrain-batch-size' if args.mode == 'pretrain' else larger}", 1)
+        fail(
+            f"needs {sizes}; lower {'--pretrain-batch-size' if args.mode == 'pretrain' else larger}",
+            1,
+        )
     with lock_directory(run_dir):
         if result_path.exists() and not args.overwrite:
             if not args.resume:
-                fail(f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite", 1)
+                fail(
+                    f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite",
+                    1,
+                )
             try:
                 saved = dict(json.loads(result_path.read_text())["args"])
             except Exception:  # such a file can raise anything
-                fail(f"{result_path}: not a result that this script wrote; move it away or pass --overwrite", 1)
+                fail(
+                    f"{result_path}: not a result that this script wrote; move it away or pass --overwrite",
+                    1,
+                )
             compare_flags(flags, saved, result_path)
             if args.mode == "pretrain" and not (run_dir / "model.pth").exists():
-                fail(f"{run_dir} holds a finished run without its model.pth; pass --overwrite to make it anew", 1)
+                fail(
+                    f"{run_dir} holds a finished run without its model.pth; pass --overwrite to make it anew",
+                    1,
+                )
             print(f"{run_dir}: finished already")
             checkpoint_path.unlink(missing_ok=True)  # the run may have been killed before it could
             return
         resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
-            fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
+            fail(
+                f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew",
+                1,
+            )
         results = ("model.pth", "video.gif")
         if args.mode == "pretrain" and args.video_dir is None and not args.resume:
             results += RECORDED
-        if not resumed and not args.overwrite and any((run_dir / name).exists() for name in results):
-            fail(f"{run_dir} holds a model or video without its result; move it away or pass --overwrite", 1)
+        if (
+            not resumed
+            and not args.overwrite
+            and any((run_dir / name).exists() for name in results)
+        ):
+            fail(
+                f"{run_dir} holds a model or video without its result; move it away or pass --overwrite",
+                1,
+            )
         for name in ("pretrained_path", "collect_model"):
             path = getattr(args, name)
             if args.overwrite and path is not None and path.resolve().parent == run_dir.resolve():
                 fail(
-                    f"--{name.replace('_', '-')} {path} lies in the directory that --overwrite empties; move it away", 1
+                    f"--{name.replace('_', '-')} {path} lies in the directory that --overwrite empties; move it away",
+                    1,
                 )
         if args.mode == "pretrain":
             pretrain(run_dir, args, flags, resumed, stop)
         else:
-            pretrained = load_pretrained(args.pretrained_path) if args.pretrained_path and not resumed else None
+            pretrained = (
+                load_pretrained(args.pretrained_path)
+                if args.pretrained_path and not resumed
+                else None
+            )
             train(run_dir, args, flags, num_actions, pretrained, resumed, stop)
 
 
 def device_name(args: Args) -> str:
     """The GPU's name, or the number of the CPU's threads."""
-    return torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
 
 
 def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) -> None:
@@ -1505,7 +1760,9 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1.5e-4, weight_decay=1e-5, fused=True
     )
-    for w in network.parameters():  # Adam makes its state in its first step: take one that changes nothing
+    for w in (
+        network.parameters()
+    ):  # Adam makes its state in its first step: take one that changes nothing
         w.grad = torch.zeros_like(w)
     optimizer.step()
     clear_adam(optimizer)
@@ -1514,21 +1771,28 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     for i, state in enumerate(optimizer.state.values()):
         tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
     generators = {"augmentation": generator}
-    counters = load_checkpoint(checkpoint_path, flags, generators, tensors) if resumed else Counters()
+    counters = (
+        load_checkpoint(checkpoint_path, flags, generators, tensors) if resumed else Counters()
+    )
     if resumed:
         counters.resumed_at.append(counters.step)
         stop.hint = "; --resume continues the run"
 
     recorded = args.resume and all((run_dir / name).exists() for name in RECORDED)
     if args.video_dir is None and not recorded:
-        player = None if args.collect_model is None else load_player(args.collect_model, args.env_id)
+        player = (
+            None if args.collect_model is None else load_player(args.collect_model, args.env_id)
+        )
         record(run_dir, player, args)
     directory = args.video_dir or run_dir
     files = video_files(directory)
     frames_there = count_frames(files)
     expected = counters.frames or (frames_there if args.video_dir else args.collect_steps)
     if frames_there != expected:
-        fail(f"{directory}: holds videos of {frames_there:,} frames, not {expected:,}; pass --overwrite", 1)
+        fail(
+            f"{directory}: holds videos of {frames_there:,} frames, not {expected:,}; pass --overwrite",
+            1,
+        )
     counters.frames = frames_there
     too_few = f"{directory}: too few frames for --pretrain-batch-size {args.pretrain_batch_size} videos of {num_frames}"
     if frames_there < args.pretrain_batch_size * num_frames:
@@ -1542,7 +1806,10 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
 
     writer = SummaryWriter(str(run_dir))
     size = sum(w.numel() for w in network.backbone.parameters())
-    videos, memory = f"{frames_there:,} frames in {directory}", f"about {memory_needed(0, args) / 2**30:.1f} GiB"
+    videos, memory = (
+        f"{frames_there:,} frames in {directory}",
+        f"about {memory_needed(0, args) / 2**30:.1f} GiB",
+    )
     print(f"{run_dir}: encoder of {size:,} parameters, {videos}, on {device_name(args)}, {memory}")
     start_time = checkpoint_time = time.perf_counter()
     start_time -= counters.seconds
@@ -1558,26 +1825,37 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
             print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
         stop.obey(at_once=True)
 
-    blocks = (block for _ in range(args.pretrain_epochs) for block in read_videos(files, BLOCK_FRAMES))
-    progress = tqdm(total=args.pretrain_epochs * frames_there, desc="pretraining", unit="frame", disable=None)
+    blocks = (
+        block for _ in range(args.pretrain_epochs) for block in read_videos(files, BLOCK_FRAMES)
+    )
+    progress = tqdm(
+        total=args.pretrain_epochs * frames_there, desc="pretraining", unit="frame", disable=None
+    )
     for number, (frames, terminals) in enumerate(blocks):
         if number < counters.step:  # done before a checkpoint
             progress.update(len(frames))
             continue
-        starts = draw_videos(frames, terminals, num_frames, np.random.default_rng([args.seed, number]))
+        starts = draw_videos(
+            frames, terminals, num_frames, np.random.default_rng([args.seed, number])
+        )
         losses: list[Tensor] = []
         for first in range(0, len(starts) - args.pretrain_batch_size + 1, args.pretrain_batch_size):
             index = starts[first : first + args.pretrain_batch_size, None] + np.arange(num_frames)
             videos = torch.from_numpy(frames[index]).to(device)
             losses.append(pretrain_update(network, optimizer, videos, args, generator))
             progress.update(index.size)
-        progress.update(len(frames) - len(losses) * args.pretrain_batch_size * num_frames)  # what made no batch
+        progress.update(
+            len(frames) - len(losses) * args.pretrain_batch_size * num_frames
+        )  # what made no batch
         counters.step += 1
         counters.updates += len(losses)
         if losses:
             counters.loss = float(torch.stack(losses).mean())
             if not math.isfinite(counters.loss):
-                fail(f"stopped at block {number}: the loss is not finite; lower --pretrain-learning-rate", 1)
+                fail(
+                    f"stopped at block {number}: the loss is not finite; lower --pretrain-learning-rate",
+                    1,
+                )
             writer.add_scalar("losses/pretraining", counters.loss, counters.updates)
         if args.checkpoint_interval == "auto":
             checkpoint_due = time.perf_counter() - checkpoint_time >= 300
@@ -1593,14 +1871,23 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     encoder.load_state_dict(network.backbone.state_dict())
     values = [*encoder.state_dict().values(), encoder.eval()(torch.ones(1, FRAME_STACK, 84, 84))]
     if not all(w.isfinite().all() for w in values):
-        fail("stopped at the end: weights or features are not finite; lower --pretrain-learning-rate", 1)
+        fail(
+            "stopped at the end: weights or features are not finite; lower --pretrain-learning-rate",
+            1,
+        )
     if args.checkpoint_interval != 0:
         checkpoint()  # so that nothing is lost if the files below find no space
     writer.close()
     stop.obey(at_once=False)
     state = {f"backbone.{name}": w for name, w in encoder.state_dict().items()}
-    write_atomically(run_dir / "model.pth", lambda file: torch.save({"model_state_dict": state}, file))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__}
+    write_atomically(
+        run_dir / "model.pth", lambda file: torch.save({"model_state_dict": state}, file)
+    )
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "envpool": envpool.__version__,
+    }
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id, "seed": args.seed,
@@ -1612,19 +1899,35 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     # fmt: on
     write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
     checkpoint_path.unlink(missing_ok=True)
-    print(f"{args.env_id}: loss {counters.loss:.3f} after {counters.updates:,} updates; {run_dir / 'model.pth'}")
+    print(
+        f"{args.env_id}: loss {counters.loss:.3f} after {counters.updates:,} updates; {run_dir / 'model.pth'}"
+    )
 
 
 def train(
-    run_dir: Path, args: Args, flags: dict, num_actions: int, pretrained: dict | None, resumed: bool, stop: Stop
+    run_dir: Path,
+    args: Args,
+    flags: dict,
+    num_actions: int,
+    pretrained: dict | None,
+    resumed: bool,
+    stop: Stop,
 ) -> None:
     """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     device = torch.device(args.device)
-    torch.manual_seed(args.seed)  # initialisers, at the start and at resets, and random actions before learning starts
+    torch.manual_seed(
+        args.seed
+    )  # initialisers, at the start and at resets, and random actions before learning starts
     # Sampling, augmentation and noise have a generator of their own; so have the metrics, which must change nothing.
-    generator, metrics_generator = (torch.Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist())
-    generators = {"torch": torch.default_generator, "sampling": generator, "metrics": metrics_generator}
+    generator, metrics_generator = (
+        torch.Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist()
+    )
+    generators = {
+        "torch": torch.default_generator,
+        "sampling": generator,
+        "metrics": metrics_generator,
+    }
     if device.type == "cuda":
         generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
     num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
@@ -1637,21 +1940,36 @@ def train(
     parameters = sum(w.numel() for w in agent.parameters)
 
     tensors = {**agent.tensors(), **replay.tensors()}
-    counters = load_checkpoint(checkpoint_path, flags, generators, tensors) if resumed else Counters()
-    replay.cursor = int(replay.newest_slot) % replay.slots  # `pending` is 0 after the start() that comes next
+    counters = (
+        load_checkpoint(checkpoint_path, flags, generators, tensors) if resumed else Counters()
+    )
+    replay.cursor = (
+        int(replay.newest_slot) % replay.slots
+    )  # `pending` is 0 after the start() that comes next
     if resumed:
         counters.resumed_at.append(counters.step)
         stop.hint = "; --resume continues the run"
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        names = {
+            "project": args.wandb_project_name,
+            "entity": args.wandb_entity,
+            "name": run_dir.name,
+        }
         try:
-            tracked = wandb.init(**names, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True)
+            tracked = wandb.init(
+                **names, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True
+            )
         except wandb.Error as error:  # no login, no network
             fail(f"--track: Weights & Biases says: {' '.join(str(error).split())}", 1)
         counters.wandb_id = tracked.id
-    for name in ("result.json", "checkpoint.pth", "model.pth", "video.gif"):  # of an overwritten run
+    for name in (
+        "result.json",
+        "checkpoint.pth",
+        "model.pth",
+        "video.gif",
+    ):  # of an overwritten run
         if not resumed:
             (run_dir / name).unlink(missing_ok=True)
         (run_dir / f"{name}.tmp").unlink(missing_ok=True)
@@ -1659,10 +1977,14 @@ def train(
         rewind_events(run_dir, {})
     writer = SummaryWriter(str(run_dir))
     if not resumed:
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
+        writer.add_text(
+            "args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags)
+        )
     start = f"continued after step {counters.step:,}, " if resumed else ""
     size = f"{parameters:,} parameters, {num_updates:,} updates"
-    print(f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(num_actions, args) / 2**30:.1f} GiB")
+    print(
+        f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(num_actions, args) / 2**30:.1f} GiB"
+    )
 
     start_time = time.perf_counter() - counters.seconds
     checkpoint_time = time.perf_counter()
@@ -1673,7 +1995,13 @@ def train(
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
     to_capture = args.cuda_graph and device.type == "cuda"
-    progress = tqdm(initial=counters.step, total=args.total_timesteps, desc=args.env_id, unit="step", disable=None)
+    progress = tqdm(
+        initial=counters.step,
+        total=args.total_timesteps,
+        desc=args.env_id,
+        unit="step",
+        disable=None,
+    )
     stop.obey(at_once=False)
     while True:
         if evaluation_due(counters.step, args):
@@ -1710,14 +2038,18 @@ def train(
             writer.add_scalar("charts/episodic_length", episode_length, step)
             progress.set_postfix({"return": episode_return}, refresh=False)
             episode_return, episode_length = 0.0, 0
-            frames, info = envs.reset()  # else EnvPool's next step would ignore its action and reset
+            frames, info = (
+                envs.reset()
+            )  # else EnvPool's next step would ignore its action and reset
         replay.add(action, float(np.sign(reward)), bool(lost_life or episode_over), frames[0, 0])
         lives = info["lives"][0]
 
         if step >= args.learning_starts:
             if to_capture:
                 changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-                update, act = (capture(function, changing, (generator,)) for function in (update, act))
+                update, act = (
+                    capture(function, changing, (generator,)) for function in (update, act)
+                )
                 to_capture = False
             for _ in range(args.replay_ratio):
                 statistics = update()
@@ -1731,8 +2063,12 @@ def train(
                     progress.close()
                     writer.close()
                     problem = f"{longest_row} updates in a row had a non-finite gradient"
-                    fail(f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1)
-                for name, value in zip(("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True):
+                    fail(
+                        f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1
+                    )
+                for name, value in zip(
+                    ("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True
+                ):
                     writer.add_scalar(f"losses/{name}", value, step)
                 writer.add_scalar("losses/skipped_updates", skipped, step)
                 writer.add_scalar("charts/resets", counters.resets, step)
@@ -1751,7 +2087,9 @@ def train(
         else:
             checkpoint_due = due(args.checkpoint_interval, step)
         # Before an evaluation too: it can take minutes.
-        if args.checkpoint_interval != 0 and (checkpoint_due or evaluation_due(step, args) or stop.signum):
+        if args.checkpoint_interval != 0 and (
+            checkpoint_due or evaluation_due(step, args) or stop.signum
+        ):
             counters.seconds = time.perf_counter() - start_time
             writer.flush()
             try:
@@ -1770,7 +2108,11 @@ def train(
     wall_clock = time.perf_counter() - start_time
     training_time = wall_clock - counters.measuring_seconds
     skipped = int(agent.counts[1])
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "envpool": envpool.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "envpool": envpool.__version__,
+    }
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id, "seed": args.seed,
@@ -1789,13 +2131,19 @@ def train(
             model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
             write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
     except OSError:
-        if not checkpoint_path.exists():  # else --resume repeats the evaluation and writes all three
-            write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+        if (
+            not checkpoint_path.exists()
+        ):  # else --resume repeats the evaluation and writes all three
+            write_atomically(
+                result_path, lambda file: file.write(json.dumps(result, indent=2).encode())
+            )
         raise
     write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
     checkpoint_path.unlink(missing_ok=True)
     if skipped > 0:
-        print(f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped")
+        print(
+            f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped"
+        )
     if counters.nonfinite_rewards > 0:
         print(f"{counters.nonfinite_rewards:,} rewards were not finite numbers and were taken as 0")
     print(summary(args.env_id, returns) + f"; {result_path}")
@@ -1817,9 +2165,14 @@ def evaluate_saved(args: Args) -> None:
     if args.capture_video and gif.exists() and not args.overwrite:
         fail(f"{gif} exists; pass --overwrite to replace it", 1)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
             model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        ours = {name: getattr(args, name) for name in ("device", "eval_episodes", "eval_epsilon", "torch_threads")}
+        ours = {
+            name: getattr(args, name)
+            for name in ("device", "eval_episodes", "eval_epsilon", "torch_threads")
+        }
         ours |= {"evaluate": args.evaluate, "video_dir": None}
         saved = resolve(replace(Args(**model["args"]), **ours, track=False))
         for name, default in asdict(Args()).items():
@@ -1834,9 +2187,14 @@ def evaluate_saved(args: Args) -> None:
     except Exception as error:  # such a file can raise anything
         if out_of_memory(error):
             raise
-        fail(f"--evaluate {str(args.evaluate)!r}: not a fine-tuned model that this script saved (--save-model)", 1)
+        fail(
+            f"--evaluate {str(args.evaluate)!r}: not a fine-tuned model that this script saved (--save-model)",
+            1,
+        )
     video = [] if args.capture_video else None
-    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video)
+    returns = evaluate(
+        network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video
+    )
     print(summary(saved.env_id, returns))
     if args.capture_video:
         write_atomically(gif, lambda file: save_gif(video, file))
@@ -1857,11 +2215,15 @@ if __name__ == "__main__":
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop.request)
     # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
-    threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    threading.excepthook = lambda hook: (
+        None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    )
     args = resolve(tyro.cli(Args))
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch has it in convolutions
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32 in matrix products, as PyTorch has it in convolutions
     try:
         if args.evaluate is None:
             run(args, stop)
@@ -1872,7 +2234,10 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        fail("out of memory; lower --buffer-size, --batch-size, --pretrain-batch-size, --hidden-dim or --n-atoms", 1)
+        fail(
+            "out of memory; lower --buffer-size, --batch-size, --pretrain-batch-size, --hidden-dim or --n-atoms",
+            1,
+        )
     except OSError as error:  # no permission, no space, no such directory
         fail(f"cannot write {error.filename or args.run_dir}: {error.strerror or error}", 1)
     finally:

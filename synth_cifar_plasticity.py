@@ -129,9 +129,16 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         module = module.replace("numpy.core", "numpy._core")  # as NumPy 1 wrote it
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in Python 2's protocols
+        if (module, name) == (
+            "_codecs",
+            "encode",
+        ):  # how Python 3 writes bytes in Python 2's protocols
             return lambda text, encoding: text.encode("latin1")
-        if f"{module}.{name}" in ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
+        if f"{module}.{name}" in (
+            "numpy._core.multiarray._reconstruct",
+            "numpy.ndarray",
+            "numpy.dtype",
+        ):
             return PlainArray
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
@@ -148,9 +155,15 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError("shape or type of the images")
         return np.frombuffer(bytearray(data), np.uint8).reshape(-1, 3, 32, 32), np.array(labels)
     except OSError as error:
-        fail(f"{path}: {error.strerror}; see --data-dir, or delete {path.parent} to download CIFAR-10 anew", 1)
+        fail(
+            f"{path}: {error.strerror}; see --data-dir, or delete {path.parent} to download CIFAR-10 anew",
+            1,
+        )
     except Exception as error:  # such a file can raise anything
-        fail(f"{path}: not a file of cifar-10-batches-py ({error}); delete {path.parent} to download CIFAR-10 anew", 1)
+        fail(
+            f"{path}: not a file of cifar-10-batches-py ({error}); delete {path.parent} to download CIFAR-10 anew",
+            1,
+        )
 
 
 def download(data_dir: Path) -> None:
@@ -161,15 +174,22 @@ def download(data_dir: Path) -> None:
         try:
             with urllib.request.urlopen(URL, timeout=60) as response, open(archive, "wb") as file:
                 size = int(response.headers.get("Content-Length", 0))
-                with tqdm(total=size, desc="CIFAR-10", unit="B", unit_scale=True, disable=None) as progress:
+                with tqdm(
+                    total=size, desc="CIFAR-10", unit="B", unit_scale=True, disable=None
+                ) as progress:
                     while part := response.read(2**20):
                         digest.update(part)
                         file.write(part)
                         progress.update(len(part))
         except (OSError, HTTPException) as error:
-            fail(f"{URL}: {error}; try again, or put cifar-10-batches-py into --data-dir yourself", 1)
+            fail(
+                f"{URL}: {error}; try again, or put cifar-10-batches-py into --data-dir yourself", 1
+            )
         if digest.hexdigest() != SHA256:
-            fail(f"{URL}: the checksum is wrong; try again, or put cifar-10-batches-py into --data-dir yourself", 1)
+            fail(
+                f"{URL}: the checksum is wrong; try again, or put cifar-10-batches-py into --data-dir yourself",
+                1,
+            )
         with tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")
         try:
@@ -203,7 +223,10 @@ def seen_images(seed: int, stage: int, num_images: int, args: Args) -> np.ndarra
 
 def stage_batches(seed: int, stage: int, num_images: int, args: Args) -> np.ndarray:
     """A stage's minibatches: indices [updates, batch], cut from a stream of shuffled epochs."""
-    rng, seen = np.random.default_rng([seed, BATCHES, stage]), seen_images(seed, stage, num_images, args)
+    rng, seen = (
+        np.random.default_rng([seed, BATCHES, stage]),
+        seen_images(seed, stage, num_images, args),
+    )
     needed = args.updates_per_stage * args.batch_size
     epochs = [rng.permutation(seen) for _ in range(math.ceil(needed / len(seen)))]
     return np.concatenate(epochs)[:needed].reshape(args.updates_per_stage, args.batch_size)
@@ -226,7 +249,10 @@ class SampleLayerNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[1:], eps=1e-6)
@@ -295,9 +321,13 @@ class Replicas:
 
     def __init__(self, args: Args, data: tuple[np.ndarray, ...], device: torch.device) -> None:
         self.args, self.device = args, device
-        self.images, self.labels, self.test_images, self.test_labels = (torch.from_numpy(x).to(device) for x in data)
+        self.images, self.labels, self.test_images, self.test_labels = (
+            torch.from_numpy(x).to(device) for x in data
+        )
         self.fingerprint = zlib.crc32(b"".join(x.tobytes() for x in data))  # which images these are
-        self.mean, self.std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+        self.mean, self.std = (
+            255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD)
+        )
 
         self.seeds = [args.first_seed + i for i in range(args.num_seeds)]
         self.settings = [(lr, decay) for lr in args.learning_rate for decay in args.weight_decay]
@@ -305,18 +335,28 @@ class Replicas:
         self.learning_rate, self.weight_decay = settings[:, :1], settings[:, 1:]
         num_replicas = len(settings)
         self.seed_index = torch.arange(num_replicas, device=device) % args.num_seeds
-        self.groups = [slice(r, r + 1) for r in range(num_replicas)] if device.type == "cpu" else [slice(num_replicas)]
+        self.groups = (
+            [slice(r, r + 1) for r in range(num_replicas)]
+            if device.type == "cpu"
+            else [slice(num_replicas)]
+        )
 
         with torch.device("meta"):  # its shape; the parameters come from `weights`
             self.network = Network(args)
         self.shapes = {name: w.shape for name, w in self.network.named_parameters()}
-        self.head_start = sum(w.numel() for w in self.network.backbone.parameters())  # the head's columns are the last
-        self.vmapped_network = vmap(lambda parameters, images: functional_call(self.network, parameters, (images,)))
+        self.head_start = sum(
+            w.numel() for w in self.network.backbone.parameters()
+        )  # the head's columns are the last
+        self.vmapped_network = vmap(
+            lambda parameters, images: functional_call(self.network, parameters, (images,))
+        )
         self.weights = self.initial_weights(self.seeds)
         self.momentum = torch.zeros_like(self.weights)
         self.skipped = torch.zeros(num_replicas, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.batches = torch.zeros((args.updates_per_stage, args.num_seeds, args.batch_size), dtype=torch.int64)
+        self.batches = torch.zeros(
+            (args.updates_per_stage, args.num_seeds, args.batch_size), dtype=torch.int64
+        )
         self.batches = self.batches.to(device)
         self.class_labels = torch.zeros((args.num_seeds, 10), dtype=torch.int64, device=device)
 
@@ -331,15 +371,21 @@ class Replicas:
     def start_stage(self, stage: int, position: int = 0) -> None:
         """Draw the stage's minibatches and labels, all a function of seed and stage; go on at update `position`."""
         args, num_images = self.args, len(self.images)
-        batches = np.stack([stage_batches(seed, stage, num_images, args) for seed in self.seeds], axis=1)
+        batches = np.stack(
+            [stage_batches(seed, stage, num_images, args) for seed in self.seeds], axis=1
+        )
         self.batches.copy_(torch.from_numpy(batches))
-        self.class_labels.copy_(torch.from_numpy(np.stack([stage_labels(seed, stage, args) for seed in self.seeds])))
+        self.class_labels.copy_(
+            torch.from_numpy(np.stack([stage_labels(seed, stage, args) for seed in self.seeds]))
+        )
         self.position.fill_(position)
 
     @torch.no_grad()
     def reset_heads(self, stage: int) -> None:
         """Re-initialise the fully connected layers and clear their momentum; in place (section 3)."""
-        seeds = [int(np.random.default_rng([seed, RESETS, stage]).integers(2**63)) for seed in self.seeds]
+        seeds = [
+            int(np.random.default_rng([seed, RESETS, stage]).integers(2**63)) for seed in self.seeds
+        ]
         self.weights[:, self.head_start :] = self.initial_weights(seeds)[:, self.head_start :]
         self.momentum[:, self.head_start :] = 0
 
@@ -350,29 +396,42 @@ class Replicas:
     def forward(self, weights: Tensor, images: Tensor) -> Tensor:
         """Logits of G replicas, each on images of its own: [G, P], [G, B, 3, 32, 32] -> [G, B, 10]."""
         parts = weights.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        parameters = {k: part.view(-1, *shape) for (k, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        parameters = {
+            k: part.view(-1, *shape)
+            for (k, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
         if len(weights) == 1:  # vmap would take a quarter more time on a CPU
-            return functional_call(self.network, {k: w[0] for k, w in parameters.items()}, (images[0],))[None]
+            return functional_call(
+                self.network, {k: w[0] for k, w in parameters.items()}, (images[0],)
+            )[None]
         return self.vmapped_network(parameters, images)
 
     def gradient(self, weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of each replica, [G], and its gradient, [G, P]."""
         weights = weights.detach().requires_grad_()
         logits = self.forward(weights, images)
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+        losses = (
+            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            .view(labels.shape)
+            .mean(1)
+        )
         return losses.detach(), torch.autograd.grad(losses.sum(), weights)[0]
 
     def next_batch(self, group: slice) -> tuple[Tensor, Tensor]:
         """The minibatch of each replica: standardised images [G, B, 3, 32, 32] and labels [G, B]."""
         seeds = self.seed_index[group]
         index = self.batches[self.position % len(self.batches), seeds]  # capture() runs ahead
-        return self.standardise(self.images[index]), self.class_labels[seeds].gather(1, self.labels[index])
+        return self.standardise(self.images[index]), self.class_labels[seeds].gather(
+            1, self.labels[index]
+        )
 
     @torch.no_grad()
     def sgd(self, group: slice, gradient: Tensor) -> None:
         """SGD with momentum and weight decay, in place; a replica that would become infinite or nan stays as it is."""
         w, m = self.weights[group], self.momentum[group]
-        new_m = gradient.add(m, alpha=self.args.momentum).addcmul_(self.weight_decay[group], w)  # mu m + g + lambda w
+        new_m = gradient.add(m, alpha=self.args.momentum).addcmul_(
+            self.weight_decay[group], w
+        )  # mu m + g + lambda w
         new_w = torch.addcmul(w, self.learning_rate[group], new_m, value=-1)  # w - eta m
         finite = new_w.norm(dim=1, keepdim=True).isfinite()
         torch.where(finite, new_m, m, out=m)
@@ -386,7 +445,9 @@ class Replicas:
             images, labels = self.next_batch(group)
             weights = self.weights[group]
             loss, gradient = self.gradient(weights, images, labels)
-            if self.args.sam_rho > 0:  # SAM applies the gradient at w + rho g / |g|, each replica with its own norm
+            if (
+                self.args.sam_rho > 0
+            ):  # SAM applies the gradient at w + rho g / |g|, each replica with its own norm
                 distance = self.args.sam_rho / (gradient.norm(dim=1, keepdim=True) + 1e-12)
                 _, gradient = self.gradient(weights + distance * gradient, images, labels)
             self.sgd(group, gradient)
@@ -401,8 +462,12 @@ class Replicas:
         for group in self.groups:
             seeds = self.seed_index[group]
             for part in index[seeds].split(self.args.batch_size, dim=1):
-                predicted = self.forward(self.weights[group], self.standardise(images[part])).argmax(2)
-                correct[group] += (predicted == self.class_labels[seeds].gather(1, labels[part])).sum(1)
+                predicted = self.forward(
+                    self.weights[group], self.standardise(images[part])
+                ).argmax(2)
+                correct[group] += (
+                    predicted == self.class_labels[seeds].gather(1, labels[part])
+                ).sum(1)
         return (correct.double() / index.shape[1]).tolist()
 
     def evaluate(self, stage: int) -> tuple[list[float], list[float]]:
@@ -411,7 +476,9 @@ class Replicas:
         for seed in self.seeds:
             seen = seen_images(seed, stage, len(self.images), self.args)
             some.append(np.random.default_rng([seed, MEASURED, stage]).permutation(seen)[:10_000])
-        train = self.accuracy(self.images, self.labels, torch.from_numpy(np.stack(some)).to(self.device))
+        train = self.accuracy(
+            self.images, self.labels, torch.from_numpy(np.stack(some)).to(self.device)
+        )
         every = torch.arange(len(self.test_images), device=self.device).expand(len(self.seeds), -1)
         return train, self.accuracy(self.test_images, self.test_labels, every)
 
@@ -421,7 +488,9 @@ class Replicas:
 
 
 def capture(
-    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[torch.Generator, ...] = ()
+    function: Callable[[], Tensor],
+    tensors: list[Tensor],
+    generators: tuple[torch.Generator, ...] = (),
 ) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
@@ -429,7 +498,10 @@ def capture(
     are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
     choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
     """
-    saved, states = [tensor.clone() for tensor in tensors], [generator.get_state() for generator in generators]
+    saved, states = (
+        [tensor.clone() for tensor in tensors],
+        [generator.get_state() for generator in generators],
+    )
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -481,17 +553,27 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(
-    loss: Tensor, parameters: list[nn.Parameter], generator: torch.Generator, tolerance: float = 1e-3
+    loss: Tensor,
+    parameters: list[nn.Parameter],
+    generator: torch.Generator,
+    tolerance: float = 1e-3,
 ) -> float:
     """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
 
     Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
     largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest. TF32 leaves three digits.
     """
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+    )
 
     def hessian_times(vector: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)])
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+            ]
+        )
 
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
@@ -520,10 +602,15 @@ def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float |
         index = replicas.batches[:, seed].flatten()[:512]
         images = replicas.standardise(replicas.images[index])
         labels = replicas.class_labels[seed, replicas.labels[index[:32]]]
-        values = {f"active_units/{k}": v for k, v in active_units(network, partial(network, images)).items()}
+        values = {
+            f"active_units/{k}": v
+            for k, v in active_units(network, partial(network, images)).items()
+        }
         generator = torch.Generator(replicas.device).manual_seed(stage)
         loss = F.cross_entropy(network(images[:32]), labels)
-        values["hessian_max_eigenvalue"] = max_eigenvalue(loss, list(network.parameters()), generator)
+        values["hessian_max_eigenvalue"] = max_eigenvalue(
+            loss, list(network.parameters()), generator
+        )
         for name, value in values.items():
             metrics.setdefault(name, []).append(value if math.isfinite(value) else None)
     return metrics
@@ -546,7 +633,12 @@ def fail(message: str, code: int) -> NoReturn:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = ("can't allocate memory", "could not allocate memory", "unable to mmap", "could not create a primitive")
+    phrases = (
+        "can't allocate memory",
+        "could not allocate memory",
+        "unable to mmap",
+        "could not create a primitive",
+    )
     said = any(phrase in str(error).lower() for phrase in phrases)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
 
@@ -562,7 +654,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error on top
+        cause = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch.save puts its own error on top
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
@@ -611,7 +705,10 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             fail(f"{run_dir}: another process is at work there", 1)
         except OSError:
-            print(f"warning: {run_dir}: no locks on this file system; start no second process there", file=sys.stderr)
+            print(
+                f"warning: {run_dir}: no locks on this file system; start no second process there",
+                file=sys.stderr,
+            )
         try:
             yield
         finally:
@@ -624,15 +721,25 @@ def lock_directory(run_dir: Path) -> Iterator[None]:
 def compare_flags(flags: dict, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags, those of MAY_CHANGE aside."""
     if flags.keys() != saved.keys():
-        fail(f"{path} is of another version of this script; use another --exp-name, or --overwrite", 1)
+        fail(
+            f"{path} is of another version of this script; use another --exp-name, or --overwrite",
+            1,
+        )
     others = []
     for name in sorted(flags.keys() - MAY_CHANGE):
         if flags[name] != saved[name]:
             flag, value = name.replace("_", "-"), saved[name]
             value = " ".join(map(str, value)) if isinstance(value, list) else value
-            others.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+            others.append(
+                f"--{'' if value else 'no-'}{flag}"
+                if isinstance(value, bool)
+                else f"--{flag} {value}"
+            )
     if others:
-        fail(f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite", 1)
+        fail(
+            f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite",
+            1,
+        )
 
 
 def save_checkpoint(path: Path, flags: dict, counters: Counters, replicas: Replicas) -> None:
@@ -644,7 +751,9 @@ def save_checkpoint(path: Path, flags: dict, counters: Counters, replicas: Repli
         "counters": asdict(counters),
         "tensors": replicas.tensors(),
         "data": replicas.fingerprint,
-        "events": {file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")},
+        "events": {
+            file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")
+        },
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
@@ -664,19 +773,28 @@ def load_checkpoint(path: Path, flags: dict, replicas: Replicas) -> Counters:
     Ends with one line if the file is not a checkpoint of this script, version and shape, or of other flags or images.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign files, which get a line of their own below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about foreign files, which get a line of their own below
             if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
                 raise ValueError
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (Path(__file__).name, CHECKPOINT_VERSION):
+        if (checkpoint["script"], checkpoint["version"]) != (
+            Path(__file__).name,
+            CHECKPOINT_VERSION,
+        ):
             raise ValueError
         compare_flags(flags, dict(checkpoint["args"]), path)
         if checkpoint["data"] != replicas.fingerprint:
             fail(f"{path} was made with other images; use the same --data-dir, or --overwrite", 1)
         own, tensors = replicas.tensors(), checkpoint["tensors"]
-        if {k: (t.shape, t.dtype) for k, t in own.items()} != {k: (t.shape, t.dtype) for k, t in tensors.items()}:
+        if {k: (t.shape, t.dtype) for k, t in own.items()} != {
+            k: (t.shape, t.dtype) for k, t in tensors.items()
+        }:
             raise ValueError
-        if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+        if not all(
+            tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()
+        ):
             raise ValueError
         counters = Counters(**checkpoint["counters"])
         for name, default in asdict(Counters()).items():
@@ -701,7 +819,10 @@ def load_checkpoint(path: Path, flags: dict, replicas: Replicas) -> Counters:
     except Exception as error:  # such a file can raise anything
         if out_of_memory(error):
             raise
-        fail(f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite", 1)
+        fail(
+            f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite",
+            1,
+        )
     rewind_events(path.parent, events)
     return counters
 
@@ -726,7 +847,10 @@ def resolve(args: Args) -> Args:
         for value in values if isinstance(values, tuple) else (values,):
             if value != "auto" and not low <= value <= high:  # nan is out of every range
                 fail(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}", 2)
-    for name, values in (("--learning-rate", args.learning_rate), ("--weight-decay", args.weight_decay)):
+    for name, values in (
+        ("--learning-rate", args.learning_rate),
+        ("--weight-decay", args.weight_decay),
+    ):
         if not values or len({f"{value:g}" for value in values}) < len(values):
             fail(f"{name} needs a value, or several different ones", 2)
     size = 32
@@ -736,13 +860,20 @@ def resolve(args: Args) -> Args:
         fail(f"--conv-strides {' '.join(map(str, args.conv_strides))} leave no pixel", 2)
     if args.resume and args.overwrite:
         fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
-    if args.exp_name in ("", "..") or Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable():
+    if (
+        args.exp_name in ("", "..")
+        or Path(args.exp_name).name != args.exp_name
+        or not args.exp_name.isprintable()
+    ):
         fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
     for flag, path in (("--run-dir", args.run_dir), ("--data-dir", args.data_dir)):
         if not str(path).isprintable():
             fail(f"{flag} {str(path)!r}: must be printable", 2)
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build", 1)
+        fail(
+            "--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build",
+            1,
+        )
     if args.track and find_spec("wandb") is None:
         fail("--track needs Weights & Biases: pip install wandb", 1)
     if args.device == "auto":
@@ -770,7 +901,9 @@ def memory_available(device: torch.device) -> float:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(meminfo["MemAvailable"].split()[0])
     with suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
         available = min(available, limit - used)
     return available
 
@@ -799,7 +932,10 @@ def run(args: Args, stop: Stop) -> None:
     run_dir = args.run_dir / f"{args.task}__{args.exp_name}__{args.first_seed}-{args.num_seeds}"
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     flags = json.loads(json.dumps(asdict(args), default=str))  # as result.json gives them back
-    needed, available = memory_needed(args) / 2**30, memory_available(torch.device(args.device)) / 2**30
+    needed, available = (
+        memory_needed(args) / 2**30,
+        memory_available(torch.device(args.device)) / 2**30,
+    )
     if needed > available and (args.overwrite or not result_path.exists()):
         sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
         fail(f"needs {sizes}; lower --num-seeds, --batch-size or the number of settings", 1)
@@ -809,27 +945,42 @@ def run(args: Args, stop: Stop) -> None:
     with lock_directory(run_dir):
         if result_path.exists() and not args.overwrite:
             if not args.resume:
-                fail(f"{run_dir} holds a finished run; change --exp-name or --first-seed, or pass --overwrite", 1)
+                fail(
+                    f"{run_dir} holds a finished run; change --exp-name or --first-seed, or pass --overwrite",
+                    1,
+                )
             try:
                 saved = dict(json.loads(result_path.read_text())["args"])
             except Exception:  # such a file can raise anything
-                fail(f"{result_path}: not a result that this script wrote; move it away or pass --overwrite", 1)
+                fail(
+                    f"{result_path}: not a result that this script wrote; move it away or pass --overwrite",
+                    1,
+                )
             compare_flags(flags, saved, result_path)
             print(f"{run_dir}: finished already")
             checkpoint_path.unlink(missing_ok=True)  # the run may have been killed before it could
             return
         resumed = checkpoint_path.exists() and not args.overwrite
         if resumed and not args.resume:
-            fail(f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew", 1)
+            fail(
+                f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew",
+                1,
+            )
         train(run_dir, args, flags, data or load_cifar10(args), resumed, stop)
 
 
 def device_name(args: Args) -> str:
     """The GPU's name, or the number of the CPU's threads."""
-    return torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
 
 
-def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], resumed: bool, stop: Stop) -> None:
+def train(
+    run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], resumed: bool, stop: Stop
+) -> None:
     """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     replicas = Replicas(args, data, torch.device(args.device))
@@ -844,9 +995,15 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
     if args.track:
         import wandb
 
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        project = {
+            "project": args.wandb_project_name,
+            "entity": args.wandb_entity,
+            "name": run_dir.name,
+        }
         try:
-            tracked = wandb.init(**project, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True)
+            tracked = wandb.init(
+                **project, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True
+            )
         except wandb.Error as error:  # no login, no network
             fail(f"--track: Weights & Biases says: {' '.join(str(error).split())}", 1)
         counters.wandb_id = tracked.id
@@ -858,10 +1015,14 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
         rewind_events(run_dir, {})
     writer = SummaryWriter(str(run_dir))
     if not resumed:
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags))
+        writer.add_text(
+            "args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags)
+        )
     start = f"continued after update {counters.updates:,}, " if resumed else ""
     size = f"{len(replicas.settings) * args.num_seeds} replicas of {parameters:,} parameters, {total_updates:,} updates"
-    print(f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(args) / 2**30:.1f} GiB")
+    print(
+        f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(args) / 2**30:.1f} GiB"
+    )
 
     update = replicas.update
     if args.cuda_graph and args.device == "cuda":
@@ -869,10 +1030,14 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
         update = capture(update, [*replicas.tensors().values(), replicas.position])
     start_time = time.perf_counter() - counters.seconds
     checkpoint_time = time.perf_counter()
-    progress = tqdm(initial=counters.updates, total=total_updates, desc=args.task, unit="update", disable=None)
+    progress = tqdm(
+        initial=counters.updates, total=total_updates, desc=args.task, unit="update", disable=None
+    )
     stop.obey(at_once=False)
     for stage in range(len(counters.test_accuracy), args.num_stages):
-        done = counters.updates - stage * args.updates_per_stage  # of this stage, where the run was stopped
+        done = (
+            counters.updates - stage * args.updates_per_stage
+        )  # of this stage, where the run was stopped
         if done == 0 and due(args.reset_interval, stage):
             replicas.reset_heads(stage)
         replicas.start_stage(stage, done)
@@ -882,10 +1047,14 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
             progress.update()
 
             if due(args.log_interval, counters.updates):
-                for name, loss in zip(names, losses.view(len(names), -1).mean(1).tolist(), strict=True):
+                for name, loss in zip(
+                    names, losses.view(len(names), -1).mean(1).tolist(), strict=True
+                ):
                     writer.add_scalar(f"losses/{name}", loss, counters.updates)
                 training_time = time.perf_counter() - start_time - counters.measuring_seconds
-                writer.add_scalar("charts/updates_per_second", counters.updates / training_time, counters.updates)
+                writer.add_scalar(
+                    "charts/updates_per_second", counters.updates / training_time, counters.updates
+                )
             if args.checkpoint_interval == "auto":
                 checkpoint_due = time.perf_counter() - checkpoint_time >= 300
             else:
@@ -899,7 +1068,9 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
                     save_checkpoint(checkpoint_path, flags, counters, replicas)
                     stop.hint = "; --resume continues the run"
                 except OSError as error:  # the one before stays, if there is one
-                    print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
+                    print(
+                        f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr
+                    )
                 checkpoint_time = time.perf_counter()
             if stop.signum:
                 progress.close()
@@ -907,17 +1078,25 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
                 stop.obey(at_once=True)
 
         measuring_start = time.perf_counter()
-        stop.obey(at_once=args.checkpoint_interval != 0)  # the checkpoint of this very update is written
+        stop.obey(
+            at_once=args.checkpoint_interval != 0
+        )  # the checkpoint of this very update is written
         train_accuracy, test_accuracy = replicas.evaluate(stage)
-        metrics = plasticity_metrics(replicas, stage) if due(args.metrics_interval, stage + 1) else {}
+        metrics = (
+            plasticity_metrics(replicas, stage) if due(args.metrics_interval, stage + 1) else {}
+        )
         stop.obey(at_once=False)
         counters.train_accuracy.append(train_accuracy)
         counters.test_accuracy.append(test_accuracy)
         if metrics:
             counters.metrics.append({"stage": stage} | metrics)
         measured = {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
-        for tag, values in (measured | {f"plasticity/{tag}": values for tag, values in metrics.items()}).items():
-            for name, of_setting in zip(names, np.array(values, dtype=float).reshape(len(names), -1), strict=True):
+        for tag, values in (
+            measured | {f"plasticity/{tag}": values for tag, values in metrics.items()}
+        ).items():
+            for name, of_setting in zip(
+                names, np.array(values, dtype=float).reshape(len(names), -1), strict=True
+            ):
                 writer.add_scalar(f"{tag}/{name}", of_setting.mean(), counters.updates)
         counters.measuring_seconds += time.perf_counter() - measuring_start
     progress.close()
@@ -937,7 +1116,9 @@ def train(run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], 
         "data": replicas.fingerprint, "device": device_name(args), "versions": versions, "git_commit": git_commit(),
     }
     # fmt: on
-    write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2, allow_nan=False).encode()))
+    write_atomically(
+        result_path, lambda file: file.write(json.dumps(result, indent=2, allow_nan=False).encode())
+    )
     checkpoint_path.unlink(missing_ok=True)
     accuracy = f"{best['final_accuracy_mean']:.3f}"
     if args.num_seeds > 1:
@@ -952,14 +1133,18 @@ def summarise(replicas: Replicas, counters: Counters) -> list[dict]:
     sweep = []
     for i, (learning_rate, weight_decay) in enumerate(replicas.settings):
         own = slice(i * len(replicas.seeds), (i + 1) * len(replicas.seeds))
-        train, test = (np.array(x)[:, own].T for x in (counters.train_accuracy, counters.test_accuracy))
+        train, test = (
+            np.array(x)[:, own].T for x in (counters.train_accuracy, counters.test_accuracy)
+        )
         setting = {"learning_rate": learning_rate, "weight_decay": weight_decay}
         for name, values in (("final_accuracy", test[:, -1]), ("mean_accuracy", test.mean(1))):
             setting |= {name: values.tolist(), f"{name}_mean": float(values.mean())}
             setting[f"{name}_interval"] = bootstrap_interval(values)
         setting["skipped_updates"] = replicas.skipped[own].tolist()
         setting |= {"test_accuracy": test.tolist(), "train_accuracy": train.tolist()}
-        setting["metrics"] = [{k: v if k == "stage" else v[own] for k, v in one.items()} for one in counters.metrics]
+        setting["metrics"] = [
+            {k: v if k == "stage" else v[own] for k, v in one.items()} for one in counters.metrics
+        ]
         sweep.append(setting)
     return sweep
 
@@ -979,11 +1164,15 @@ if __name__ == "__main__":
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop.request)
     # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
-    threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    threading.excepthook = lambda hook: (
+        None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
+    )
     args = resolve(tyro.cli(Args))
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as PyTorch has it in convolutions
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32 in matrix products, as PyTorch has it in convolutions
     try:
         run(args, stop)
     except (MemoryError, RuntimeError) as error:

@@ -55,7 +55,10 @@ class ConstantAction:
 def main(args: Args) -> None:
     """Print a line per action, and write the result."""
     flags = asdict(args) | {"exp_name": "constant", "device": "cpu"}
-    overwrite, run_dir = flags.pop("overwrite"), args.run_dir / f"{args.env_id}__constant__{args.seed}"
+    overwrite, run_dir = (
+        flags.pop("overwrite"),
+        args.run_dir / f"{args.env_id}__constant__{args.seed}",
+    )
     settings = script.resolve(script.Args(**flags))
     path = run_dir / "result.json"
     if path.exists() and not overwrite:
@@ -79,7 +82,9 @@ def main(args: Args) -> None:
         "git_commit": script.git_commit(),
     }  # fmt: skip
     try:
-        script.write_atomically(path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+        script.write_atomically(
+            path, lambda file: file.write(json.dumps(result, indent=2).encode())
+        )
     except OSError as error:
         script.fail(f"{path}: {error.strerror}", 1)
     print(f"best: action {best}, {script.summary(args.env_id, returns[best])}; {path}")

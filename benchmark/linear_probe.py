@@ -29,7 +29,13 @@ import plastic_pretrained_finetune as script
 NUM_ENVS, TRAINING, VALIDATION = 16, range(10), range(10, 12)
 RAM = {  # bytes of the console's memory: Atari Annotated RAM Interface (Anand et al., 2019)
     "Breakout": {"ball x": 99, "ball y": 101, "paddle x": 72},
-    "Pong": {"ball x": 49, "ball y": 54, "paddle y": 51, "opponent's paddle y": 50, "opponent's score": 13},
+    "Pong": {
+        "ball x": 49,
+        "ball y": 54,
+        "paddle y": 51,
+        "opponent's paddle y": 50,
+        "opponent's score": 13,
+    },
 }
 
 
@@ -58,7 +64,9 @@ def play(env_id: str, samples: int, seed: int) -> tuple[Tensor, np.ndarray, np.n
     for step in range(4 * samples // NUM_ENVS):
         actions = rng.integers(envs.action_space.n, size=NUM_ENVS).astype(np.int32)
         frames, _, _, _, info = envs.step(actions)
-        new_game = info["elapsed_step"] == 0  # the step after a game's end gives the next one's first frame
+        new_game = (
+            info["elapsed_step"] == 0
+        )  # the step after a game's end gives the next one's first frame
         stack[new_game] = 0
         stack = np.concatenate([stack[:, 1:], frames], axis=1)
         if step % 4 == 3:
@@ -75,7 +83,9 @@ def play(env_id: str, samples: int, seed: int) -> tuple[Tensor, np.ndarray, np.n
 def encode(encoder: torch.nn.Module, stacks: Tensor) -> np.ndarray:
     """Features, float64 [n, 3136]."""
     encoder = encoder.eval().to(memory_format=torch.channels_last)
-    return torch.cat([encoder(script.to_images(part)) for part in stacks.split(500)]).double().numpy()
+    return (
+        torch.cat([encoder(script.to_images(part)) for part in stacks.split(500)]).double().numpy()
+    )
 
 
 @torch.no_grad()
@@ -101,8 +111,13 @@ def r_squared(features: np.ndarray, state: np.ndarray, envs: np.ndarray) -> np.n
     y = (state - state[training].mean(0)) / state[training].std(0)
     eigenvalues, basis = np.linalg.eigh(x[training].T @ x[training])
     projected = basis.T @ (x[training].T @ y[training])
-    weights = [basis @ (projected / (eigenvalues.clip(0) + penalty)[:, None]) for penalty in 10.0 ** np.arange(-1, 7)]
-    errors = [np.square(x[validation] @ w - y[validation]).mean(0) for w in weights]  # [penalties][values]
+    weights = [
+        basis @ (projected / (eigenvalues.clip(0) + penalty)[:, None])
+        for penalty in 10.0 ** np.arange(-1, 7)
+    ]
+    errors = [
+        np.square(x[validation] @ w - y[validation]).mean(0) for w in weights
+    ]  # [penalties][values]
     best = np.stack(weights)[np.argmin(errors, axis=0), :, np.arange(y.shape[1])].T
     return 1 - np.square(x[test] @ best - y[test]).mean(0) / y[test].var(0)
 
@@ -127,13 +142,25 @@ def main(args: Args) -> None:
         "pixels": F.avg_pool2d(stacks.float(), 3).flatten(1).double().numpy(),
     }
     columns = {kind: r_squared(x, state, envs) for kind, x in features.items()}
-    figures = {name: {kind: column[i] for kind, column in columns.items()} for i, name in enumerate(RAM[args.env_id])}
-    print(f"| R^2, {args.env_id} | " + " | ".join(features) + " |\n|" + "---|" * (1 + len(features)))
+    figures = {
+        name: {kind: column[i] for kind, column in columns.items()}
+        for i, name in enumerate(RAM[args.env_id])
+    }
+    print(
+        f"| R^2, {args.env_id} | " + " | ".join(features) + " |\n|" + "---|" * (1 + len(features))
+    )
     for name, row in figures.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
     if args.json is not None:
-        content = {"model": args.model.name, "env_id": args.env_id, "samples": len(state), "r_squared": figures}
-        script.write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=2).encode()))
+        content = {
+            "model": args.model.name,
+            "env_id": args.env_id,
+            "samples": len(state),
+            "r_squared": figures,
+        }
+        script.write_atomically(
+            args.json, lambda file: file.write(json.dumps(content, indent=2).encode())
+        )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-TASKS = {"input": "#0072b2", "label": "#d55e00"}  # with colours of the Okabe-Ito palette, told apart by everyone
+TASKS = {
+    "input": "#0072b2",
+    "label": "#d55e00",
+}  # with colours of the Okabe-Ito palette, told apart by everyone
 METHODS = {  # panels of Figure 3, and the names of their bars by exp-name
     "single methods": {"ln": "LN", "sam": "SAM", "crelu": "CReLU", "reset": "Reset"},
     "combinations": {
@@ -57,7 +60,9 @@ METHODS = {  # panels of Figure 3, and the names of their bars by exp-name
 }  # fmt: skip
 # What has to be the same in runs that are compared.
 PROTOCOL = "num_stages updates_per_stage batch_size momentum conv_strides label_change".split()
-NAMES = {"base": "base"} | {key: name.replace("\n", " ") for panel in METHODS.values() for key, name in panel.items()}
+NAMES = {"base": "base"} | {
+    key: name.replace("\n", " ") for panel in METHODS.values() for key, name in panel.items()
+}
 
 
 PAPER = Path(__file__).parent / "paper"
@@ -71,7 +76,14 @@ CONTROL = [
     "quadruped-run", "quadruped-walk", "reacher-easy", "reacher-hard", "walker-run",
 ]  # fmt: skip
 ALL_TASKS = {"atari": list(RANDOM_HUMAN), "pretrained": list(RANDOM_HUMAN), "dmc": CONTROL}
-SINGLE = {"base": "Base", "sam": "SAM", "ln": "LN", "crelu": "CReLU", "reset": "Reset", "plastic": "PLASTIC"}
+SINGLE = {
+    "base": "Base",
+    "sam": "SAM",
+    "ln": "LN",
+    "crelu": "CReLU",
+    "reset": "Reset",
+    "plastic": "PLASTIC",
+}
 # Of each aggregate: key in the paper's tables, name.
 AGGREGATES = {
     "iqm": "IQM",
@@ -95,16 +107,28 @@ APART = set(
     "eval_interval metrics_interval log_interval capture_video save_model track wandb_project_name wandb_entity "
     "pretrained_path".split()
 )
-OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # told apart by everyone
+OKABE_ITO = [
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+]  # told apart by everyone
 
-Cell = float | int | str | None | tuple[float, float | None, float | None]  # of a tuple: value and its interval
+Cell = (
+    float | int | str | None | tuple[float, float | None, float | None]
+)  # of a tuple: value and its interval
 
 
 @dataclass
 class Args:
     """Tables and figures from result.json files."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()  # directories with the runs' directories
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional
+    ] = ()  # directories with the runs' directories
     table: Literal["1", "2", "3", "4", "7", "8", "9", "10"] | None = None  # of the paper
     scores: Path | None = None  # a CSV file of method, task, seed, score instead of runs
     benchmark: Literal["atari", "dmc"] = "atari"  # what the scores are of
@@ -121,7 +145,9 @@ class Args:
 def read_results(directories: Iterable[Path]) -> dict[tuple[str, str], dict]:
     """{(task, exp_name): result} of the synthetic experiment's runs in the directories, their accuracies as arrays."""
     results = {}
-    for path in [path for directory in directories for path in sorted(directory.glob("**/result.json"))]:
+    for path in [
+        path for directory in directories for path in sorted(directory.glob("**/result.json"))
+    ]:
         try:
             result = json.loads(path.read_text())
             if result["script"] != "synth_cifar_plasticity.py":
@@ -134,16 +160,28 @@ def read_results(directories: Iterable[Path]) -> dict[tuple[str, str], dict]:
             result |= {name: float(result[name]) for name in numbers}
             key = (str(result["task"]), str(result["exp_name"]))
             result["num_seeds"] = len(accuracies)
-            result["protocol"] = {name: result["args"][name] for name in PROTOCOL} | {"images": result["data"]}
+            result["protocol"] = {name: result["args"][name] for name in PROTOCOL} | {
+                "images": result["data"]
+            }
             flags = result["args"]
             on = {"ln": flags["layer_norm"], "crelu": flags["crelu"], "sam": flags["sam_rho"] > 0}
             on |= {"reset": flags["reset_interval"] > 0}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
             fail(f"{path}: not a result of synth_cifar_plasticity.py ({error!r})", 1)
         if key in results:
             fail(f"{path}: another run of {' '.join(key)}; keep one of them there", 1)
         if key[0] not in TASKS or key[1] not in NAMES:
-            print(f"left out: {path}, whose exp-name is none of {', '.join(NAMES)}", file=sys.stderr)
+            print(
+                f"left out: {path}, whose exp-name is none of {', '.join(NAMES)}", file=sys.stderr
+            )
             continue
         parts = on.keys() if key[1] == "plastic" else key[1].split("_")
         if any((part in parts) != is_on for part, is_on in on.items()):
@@ -152,7 +190,9 @@ def read_results(directories: Iterable[Path]) -> dict[tuple[str, str], dict]:
     for name in (*PROTOCOL, "images"):
         values = sorted({json.dumps(result["protocol"][name]) for result in results.values()})
         if len(values) > 1:
-            fail(f"synthetic runs cannot be compared, they differ in {name}: {', '.join(values)}", 1)
+            fail(
+                f"synthetic runs cannot be compared, they differ in {name}: {', '.join(values)}", 1
+            )
     return results
 
 
@@ -178,15 +218,21 @@ def with_interval(values: np.ndarray, digits: int = 3) -> str:
 
 def print_table(results: dict[tuple[str, str], dict], last: int) -> None:
     """Markdown, a row per method."""
-    print(f"| method | task | test accuracy, last {last} stages | final | mean | learning rate, weight decay | seeds |")
+    print(
+        f"| method | task | test accuracy, last {last} stages | final | mean | learning rate, weight decay | seeds |"
+    )
     print("|---|---|---|---|---|---|---|")
     for method, name in NAMES.items():
         for task in TASKS:
             if (result := results.get((task, method))) is not None:
                 late = with_interval(np.array(list(late_accuracy(result, last).values())))
                 setting = f"{result['learning_rate']:g}, {result['weight_decay']:g}"
-                final, mean, seeds = (result[k] for k in ("final_accuracy_mean", "mean_accuracy_mean", "num_seeds"))
-                print(f"| {name} | {task} | {late} | {final:.3f} | {mean:.3f} | {setting} | {seeds} |")
+                final, mean, seeds = (
+                    result[k] for k in ("final_accuracy_mean", "mean_accuracy_mean", "num_seeds")
+                )
+                print(
+                    f"| {name} | {task} | {late} | {final:.3f} | {mean:.3f} | {setting} | {seeds} |"
+                )
 
 
 def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) -> None:
@@ -217,8 +263,12 @@ def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) ->
                 points = gains[task, method]
                 low, high = bootstrap_interval(points) or (points.mean(), points.mean())
                 error = [[points.mean() - low], [high - points.mean()]] if len(points) > 1 else None
-                axis.bar(x + shift, points.mean(), 0.36, color=colour, yerr=error, capsize=3, label=task)
-                axis.plot(np.full(len(points), x + shift), points, "o", ms=3.5, mfc="white", mec="black")
+                axis.bar(
+                    x + shift, points.mean(), 0.36, color=colour, yerr=error, capsize=3, label=task
+                )
+                axis.plot(
+                    np.full(len(points), x + shift), points, "o", ms=3.5, mfc="white", mec="black"
+                )
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(methods)), [METHODS[title][method] for method in methods])
         axis.set_title(title)
@@ -229,7 +279,11 @@ def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) ->
         f"{protocol['num_stages']} stages of {protocol['updates_per_stage']} updates, the last {last} averaged"
     )
     axes[0, 0].set_ylabel("test accuracy above base\n(percentage points)")
-    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
+    handles = {
+        label: handle
+        for axis in axes[0]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     axes[0, -1].legend(handles.values(), [f"{task} task" for task in handles])
     save(figure, path)
 
@@ -240,26 +294,52 @@ def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) ->
 def read_runs(directories: Iterable[Path]) -> list[dict]:
     """Results of the three scripts, each with benchmark, task, exp_name, seed, score (mean return), steps and hours."""
     runs: dict[tuple, dict] = {}
-    for path in [path for directory in directories for path in sorted(directory.glob("**/result.json"))]:
+    for path in [
+        path for directory in directories for path in sorted(directory.glob("**/result.json"))
+    ]:
         try:
             result = json.loads(path.read_text())
             if result["script"] not in SCRIPTS or result["args"].get("mode") == "pretrain":
                 continue
-            run = {name: str(result[name]) for name in ("script", "exp_name")} | {"args": dict(result["args"])}
-            run |= {"benchmark": SCRIPTS[result["script"]], "task": str(result["env_id"]), "seed": int(result["seed"])}
-            run |= {"score": float(result["mean_return"]), "steps": int(result["env_steps"]), "path": path.parent}
+            run = {name: str(result[name]) for name in ("script", "exp_name")} | {
+                "args": dict(result["args"])
+            }
+            run |= {
+                "benchmark": SCRIPTS[result["script"]],
+                "task": str(result["env_id"]),
+                "seed": int(result["seed"]),
+            }
+            run |= {
+                "score": float(result["mean_return"]),
+                "steps": int(result["env_steps"]),
+                "path": path.parent,
+            }
             run["hours"] = float(result["wall_clock_seconds"]) / 3600
             run["returns"] = [float(value) for value in result["episode_returns"]]
             run["parameters"] = int(result["parameters"])
             run["action_repeat"] = int(run["args"].get("action_repeat", 1))
             run["first_steps"] = int(run["args"].get("learning_starts", 0)) * run["action_repeat"]
-            if not np.isfinite([run["score"], run["hours"], *run["returns"]]).all() or not run["returns"]:
+            if (
+                not np.isfinite([run["score"], run["hours"], *run["returns"]]).all()
+                or not run["returns"]
+            ):
                 raise ValueError("mean_return, episode_returns or wall_clock_seconds")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
             fail(f"{path}: not a result of these scripts ({error!r})", 1)
         key = tuple(run[name] for name in ("benchmark", "exp_name", "task", "seed", "steps"))
         if key in runs:
-            fail(f"{path.parent} and {runs[key]['path']} are the same run twice; keep one of them there", 1)
+            fail(
+                f"{path.parent} and {runs[key]['path']} are the same run twice; keep one of them there",
+                1,
+            )
         runs[key] = run
     return list(runs.values())
 
@@ -276,12 +356,26 @@ def read_scores(path: Path, benchmark: str) -> list[dict]:
             for row in reader:
                 number = reader.line_num
                 try:
-                    run = {"benchmark": benchmark, "exp_name": row["method"], "task": row["task"], "steps": None}
-                    run |= {"seed": int(row["seed"]), "score": float(row["score"]), "hours": None, "parameters": None}
+                    run = {
+                        "benchmark": benchmark,
+                        "exp_name": row["method"],
+                        "task": row["task"],
+                        "steps": None,
+                    }
+                    run |= {
+                        "seed": int(row["seed"]),
+                        "score": float(row["score"]),
+                        "hours": None,
+                        "parameters": None,
+                    }
                 except (ValueError, TypeError):
                     raise ValueError(f"line {number}: {row}") from None
                 key = (run["exp_name"], run["task"], run["seed"])
-                if run["task"] not in ALL_TASKS[benchmark] or not abs(run["score"]) < 1e100 or key in runs:
+                if (
+                    run["task"] not in ALL_TASKS[benchmark]
+                    or not abs(run["score"]) < 1e100
+                    or key in runs
+                ):
                     raise ValueError(f"line {number}: {row}")
                 runs[key] = run | {"path": path}
     except OSError as error:
@@ -294,17 +388,29 @@ def read_scores(path: Path, benchmark: str) -> list[dict]:
 
 def setting(run: dict) -> dict:
     """What has to be the same in runs that are put together: all flags but those that say which run it is, and how."""
-    by_task = {"action_repeat", "sam_rho", "buffer_size"} if run["benchmark"] == "dmc" else set()  # resolved by task
-    return {name: value for name, value in run.get("args", {}).items() if name not in APART | by_task}
+    by_task = (
+        {"action_repeat", "sam_rho", "buffer_size"} if run["benchmark"] == "dmc" else set()
+    )  # resolved by task
+    return {
+        name: value for name, value in run.get("args", {}).items() if name not in APART | by_task
+    }
 
 
 def check_name(run: dict) -> None:
     """End with one line if a run named after interventions has others on."""
     args, first = run.get("args", {}), run["exp_name"].split("_")[0]
-    if first not in SINGLE or run["benchmark"] == "pretrained" or not {"layer_norm", "crelu"} <= args.keys():
+    if (
+        first not in SINGLE
+        or run["benchmark"] == "pretrained"
+        or not {"layer_norm", "crelu"} <= args.keys()
+    ):
         return
     parts = "ln sam crelu reset".split() if first == "plastic" else run["exp_name"].split("_")
-    on = {"ln": args["layer_norm"], "crelu": args["crelu"], "reset": args.get("reset_interval", 0) > 0}
+    on = {
+        "ln": args["layer_norm"],
+        "crelu": args["crelu"],
+        "reset": args.get("reset_interval", 0) > 0,
+    }
     on["sam"] = args.get("sam_rho", 0) > 0
     if any((name in parts) != bool(is_on) for name, is_on in on.items()):
         fail(f"{run['path']}: its flags are not those of {run['exp_name']}", 1)
@@ -319,14 +425,19 @@ def choose(runs: list[dict], benchmark: str, exp_name: str) -> list[dict]:
         for name in dict.fromkeys([*settings[0], *settings[1]]):
             one, other = (json.dumps(values.get(name)) for values in settings)
             if one != other:
-                problem = f"they differ in {name}: {one} in {chosen[0]['path']}, {other} in {run['path']}"
+                problem = (
+                    f"they differ in {name}: {one} in {chosen[0]['path']}, {other} in {run['path']}"
+                )
                 fail(f"runs of {exp_name} cannot be put together, {problem}", 1)
     return chosen
 
 
 def score_matrix(runs: list[dict], tasks: list[str], note: Callable[[str], None]) -> np.ndarray:
     """Scores [seeds, tasks] of the given tasks, the first seeds of each, as many as all have."""
-    by_task = {task: sorted((run["seed"], run["score"]) for run in runs if run["task"] == task) for task in tasks}
+    by_task = {
+        task: sorted((run["seed"], run["score"]) for run in runs if run["task"] == task)
+        for task in tasks
+    }
     counts = {task: len(scores) for task, scores in by_task.items()}
     fewest = min(counts.values())
     if max(counts.values()) > fewest:
@@ -341,7 +452,9 @@ def normalized(matrix: np.ndarray, tasks: list[str], benchmark: str) -> np.ndarr
     if benchmark == "dmc":
         return matrix
     columns = zip(matrix.T, tasks, strict=True)
-    return np.array([[human_normalized_score(task, score) for score in column] for column, task in columns]).T
+    return np.array(
+        [[human_normalized_score(task, score) for score in column] for column, task in columns]
+    ).T
 
 
 def aggregates(matrix: np.ndarray, benchmark: str, args: Args) -> dict[str, Cell]:
@@ -364,7 +477,10 @@ def aggregates(matrix: np.ndarray, benchmark: str, args: Args) -> dict[str, Cell
         np.random.seed(args.seed)  # rliable draws its bootstrap from NumPy's global generator
         _, intervals = library.get_interval_estimates({"": matrix}, all_of_them, reps=args.reps)
         low, high = intervals[""]
-    return {name: (float(v), lo, hi) for name, v, lo, hi in zip(AGGREGATES, values, low, high, strict=True)}
+    return {
+        name: (float(v), lo, hi)
+        for name, v, lo, hi in zip(AGGREGATES, values, low, high, strict=True)
+    }
 
 
 def paper(name: str) -> list[dict[str, str]]:
@@ -378,21 +494,39 @@ def paper_cells(row: dict[str, str]) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
     for name in AGGREGATES:
         if row.get(name):
-            low, high = (float(row[f"{name}_{end}"]) if f"{name}_{end}" in row else None for end in ("low", "high"))
+            low, high = (
+                float(row[f"{name}_{end}"]) if f"{name}_{end}" in row else None
+                for end in ("low", "high")
+            )
             cells[name] = (float(row[name]), low, high)
     return cells
 
 
-def aggregate_tables(table: str) -> list[tuple[str, str, list[str], list[tuple[str, str, dict[str, Cell]]]]]:
+def aggregate_tables(
+    table: str,
+) -> list[tuple[str, str, list[str], list[tuple[str, str, dict[str, Cell]]]]]:
     """(title, benchmark, aggregates, [(label, exp_name, the paper's cells)]) of Tables 1 to 4."""
     if table == "1":
         tables = []
         for benchmark, title in (("atari", "Atari-100k"), ("dmc", "DeepMind Control")):
-            rows = {row["method"]: row for row in paper("table1_main.csv") if row["benchmark"] == benchmark}
-            shown = [(label, exp_name, paper_cells(rows[label])) for exp_name, label in SINGLE.items()]
-            names = ["iqm", "median", "mean"] if benchmark == "atari" else ["iqm", "seed_median", "median", "mean"]
+            rows = {
+                row["method"]: row
+                for row in paper("table1_main.csv")
+                if row["benchmark"] == benchmark
+            }
+            shown = [
+                (label, exp_name, paper_cells(rows[label])) for exp_name, label in SINGLE.items()
+            ]
+            names = (
+                ["iqm", "median", "mean"]
+                if benchmark == "atari"
+                else ["iqm", "seed_median", "median", "mean"]
+            )
             if benchmark == "dmc":  # the paper's median is the one over seeds
-                shown = [(label, name, cells | {"seed_median": cells.pop("median")}) for label, name, cells in shown]
+                shown = [
+                    (label, name, cells | {"seed_median": cells.pop("median")})
+                    for label, name, cells in shown
+                ]
             tables.append((f"Table 1, {title}", benchmark, names, shown))
         return tables
     if table == "2":
@@ -401,7 +535,10 @@ def aggregate_tables(table: str) -> list[tuple[str, str, list[str], list[tuple[s
         for row in rows:
             name = {"PLASTIC†": "ln_reset", "PLASTIC": "plastic"}[row["method"]]
             name += "" if row["replay_ratio"] == "2" else f"_rr{row['replay_ratio']}"
-            cells = paper_cells(row) | {"hours": float(row["gpu_hours"]), "parameters": float(row["params_m"])}
+            cells = paper_cells(row) | {
+                "hours": float(row["gpu_hours"]),
+                "parameters": float(row["params_m"]),
+            }
             shown.append((f"{row['method']}:{row['replay_ratio']}", name, cells))
         return [("Table 2", "atari", ["iqm", "median", "mean", "og"], shown)]
     if table == "3":
@@ -409,18 +546,24 @@ def aggregate_tables(table: str) -> list[tuple[str, str, list[str], list[tuple[s
         for row in paper("table3_pretrained.csv"):
             on = [name for name in ("sam", "reset_dagger") if row[name] == "1"]
             name = "_".join(on).replace("_dagger", "") or "base"
-            label = f"RR {row['replay_ratio']}" + "".join(f", {'SAM' if n == 'sam' else 'Reset†'}" for n in on)
+            label = f"RR {row['replay_ratio']}" + "".join(
+                f", {'SAM' if n == 'sam' else 'Reset†'}" for n in on
+            )
             shown.append((label, f"pretrained_{name}_rr{row['replay_ratio']}", paper_cells(row)))
         return [("Table 3", "pretrained", ["iqm"], shown)]
     shown = []
     for row in paper("table4_ablation.csv"):
         on = [name for name in ("ln", "sam", "crelu", "reset") if row[name] == "1"]
         exp_name = {0: "base", 4: "plastic"}.get(len(on), "_".join(on))
-        shown.append((" + ".join(SINGLE[name] for name in on) or "Base", exp_name, paper_cells(row)))
+        shown.append(
+            (" + ".join(SINGLE[name] for name in on) or "Base", exp_name, paper_cells(row))
+        )
     return [("Table 4", "atari", ["iqm"], shown)]
 
 
-def row_of(runs: list[dict], benchmark: str, exp_name: str, notes: list[str], args: Args) -> dict[str, Cell]:
+def row_of(
+    runs: list[dict], benchmark: str, exp_name: str, notes: list[str], args: Args
+) -> dict[str, Cell]:
     """All aggregates of one setting, and the number of its runs; without aggregates where tasks are missing.
 
     `notes` takes a line on whatever is missing, cut or shorter than in the paper.
@@ -455,20 +598,35 @@ def print_rows(title: str, rows: list[dict[str, Cell]], digits: int, form: str) 
     def text(cell: Cell) -> str:
         if isinstance(cell, tuple):
             value, low, high = cell
-            return f"{value:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
-        return "" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+            return f"{value:.{digits}f}" + (
+                "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
+            )
+        return (
+            "" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+        )
 
     if form == "json":
         print(json.dumps({"title": title, "rows": rows}, ensure_ascii=False))
     elif form == "csv":
         print(f"# {title}")
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        ranged = {c for c in columns if any(isinstance(row.get(c), tuple) and row[c][1] is not None for row in rows)}
-        writer.writerow([name for c in columns for name in ([c, f"{c} low", f"{c} high"] if c in ranged else [c])])
+        ranged = {
+            c
+            for c in columns
+            if any(isinstance(row.get(c), tuple) and row[c][1] is not None for row in rows)
+        }
+        writer.writerow(
+            [
+                name
+                for c in columns
+                for name in ([c, f"{c} low", f"{c} high"] if c in ranged else [c])
+            ]
+        )
         for row in rows:
             cells = [(row.get(c), c) for c in columns]
             parts = [
-                (list(x) if isinstance(x, tuple) else [x, None, None])[: 3 if c in ranged else 1] for x, c in cells
+                (list(x) if isinstance(x, tuple) else [x, None, None])[: 3 if c in ranged else 1]
+                for x, c in cells
             ]
             writer.writerow([text(x) for part in parts for x in part])
     else:
@@ -488,10 +646,16 @@ def print_table_of_aggregates(runs: list[dict], args: Args) -> bool:
             refused |= "refused" in ours
             row: dict[str, Cell] = {"method": label, "runs": ours["runs"]}
             for name in names:
-                row |= {AGGREGATES[name]: ours.get(name), f"{AGGREGATES[name]}, paper": printed.get(name)}
+                row |= {
+                    AGGREGATES[name]: ours.get(name),
+                    f"{AGGREGATES[name]}, paper": printed.get(name),
+                }
             if "hours" in printed:
                 row |= {"GPU hours": ours.get("hours"), "GPU hours, paper": printed["hours"]}
-                row |= {"million parameters": ours.get("parameters"), "parameters, paper": printed["parameters"]}
+                row |= {
+                    "million parameters": ours.get("parameters"),
+                    "parameters, paper": printed["parameters"],
+                }
             rows.append(row)
         if not any(row["runs"] for row in rows):
             notes.append(f"{title}: no runs of {', '.join(name for _, name, _ in shown)}")
@@ -507,17 +671,28 @@ def print_table_by_task(runs: list[dict], args: Args) -> None:
     chosen = {column: choose(runs, benchmark, exp_name) for column, exp_name in exp_names.items()}
     expected = 2_000_000 if benchmark == "dmc" else 100_000
     for column, own in chosen.items():
-        missing = [task for task in ALL_TASKS[benchmark] if task not in {run["task"] for run in own}]
+        missing = [
+            task for task in ALL_TASKS[benchmark] if task not in {run["task"] for run in own}
+        ]
         if missing:
-            print(f"{exp_names[column]}: no runs of {', '.join(missing) if own else 'any task'}", file=sys.stderr)
+            print(
+                f"{exp_names[column]}: no runs of {', '.join(missing) if own else 'any task'}",
+                file=sys.stderr,
+            )
         if own and own[0]["steps"] not in (None, expected):
-            print(f"{exp_names[column]}: runs of {own[0]['steps']:,} steps, not of {expected:,}", file=sys.stderr)
+            print(
+                f"{exp_names[column]}: runs of {own[0]['steps']:,} steps, not of {expected:,}",
+                file=sys.stderr,
+            )
     for printed in paper(name):
         row: dict[str, Cell] = {"task": printed["Game"]}
         for column in [column for column in printed if column != "Game"]:
             if column in chosen:
                 scores = [run["score"] for run in chosen[column] if run["task"] == printed["Game"]]
-                row |= {column: float(np.mean(scores)) if scores else None, f"{column}, runs": len(scores)}
+                row |= {
+                    column: float(np.mean(scores)) if scores else None,
+                    f"{column}, runs": len(scores),
+                }
             row[f"{column}, paper"] = float(printed[column]) if printed[column] else None
         rows.append(row)
     print_rows(f"Table {args.table}", rows, 1, args.format)
@@ -528,7 +703,10 @@ def print_scores(runs: list[dict], args: Args) -> bool:
     rows, notes = [], []
     for method in dict.fromkeys(run["exp_name"] for run in runs):
         ours = row_of(runs, args.benchmark, method, notes, args)
-        rows.append({"method": method, "runs": ours["runs"]} | {AGGREGATES[n]: ours.get(n) for n in AGGREGATES})
+        rows.append(
+            {"method": method, "runs": ours["runs"]}
+            | {AGGREGATES[n]: ours.get(n) for n in AGGREGATES}
+        )
     print_rows("human-normalized scores" if args.benchmark == "atari" else "returns", rows,
                1 if args.benchmark == "dmc" else 3, args.format)  # fmt: skip
     print("\n".join(notes), file=sys.stderr, end="\n" if notes else "")
@@ -540,7 +718,10 @@ def read_curves(run: dict) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run["path"]), size_guidance={"scalars": 0})
     events.Reload()
     repeat = run["action_repeat"]
-    return {tag: sorted((e.step * repeat, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    return {
+        tag: sorted((e.step * repeat, e.value) for e in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
+    }
 
 
 # Policies that learn nothing: name of their runs, and how their flags tell.
@@ -556,10 +737,14 @@ def add_curves(runs: list[dict]) -> list[dict]:
     "random" and "constant": returns of the REFERENCES on the same task, whose own runs are left out; "first" and
     "late": of the run's own episodes before learning starts, and of those that end in the last quarter of its steps.
     """
-    references = [run for run in runs if (told := REFERENCES.get(run["exp_name"])) and told(run["args"])]
+    references = [
+        run for run in runs if (told := REFERENCES.get(run["exp_name"])) and told(run["args"])
+    ]
     returns: dict[tuple, list[float]] = {}
     for run in references:
-        returns.setdefault((run["exp_name"], run["benchmark"], run["task"]), []).extend(run["returns"])
+        returns.setdefault((run["exp_name"], run["benchmark"], run["task"]), []).extend(
+            run["returns"]
+        )
     runs = [run for run in runs if run not in references]
     if references and not runs:
         fail("no runs there but of policies that learn nothing", 1)
@@ -593,7 +778,9 @@ def print_returns(runs: list[dict], args: Args) -> None:
     printed = paper_returns()
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
-        groups.setdefault((run["benchmark"], run["task"], run["exp_name"], run["steps"]), []).append(run)
+        groups.setdefault(
+            (run["benchmark"], run["task"], run["exp_name"], run["steps"]), []
+        ).append(run)
     rows = []
     for (benchmark, task, exp_name, steps), group in groups.items():
         scores = np.array([run["score"] for run in group])
@@ -601,7 +788,9 @@ def print_returns(runs: list[dict], args: Args) -> None:
         low, high = bootstrap_interval(scores) if len(scores) > 1 else (None, None)
         row = {"task": task, "run": exp_name, "steps": f"{steps:,}"}
         row["random policy"] = f"{np.mean(random):.1f} ({len(random)} episodes)" if random else ""
-        row["best constant action"] = float(np.mean(group[0]["constant"])) if group[0]["constant"] else ""
+        row["best constant action"] = (
+            float(np.mean(group[0]["constant"])) if group[0]["constant"] else ""
+        )
         late = [value for run in group for value in run["late"]]
         row["last training episodes"] = f"{np.mean(late):.1f} ({len(late)})" if late else ""
         row |= {"mean return": (float(scores.mean()), low, high), "seeds": len(group)}
@@ -623,13 +812,22 @@ def print_metrics(runs: list[dict], args: Args) -> None:
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         if any(run["curves"].get(tag) for tag in METRICS):
-            groups.setdefault((run["benchmark"], run["task"], run["exp_name"], run["steps"]), []).append(run)
+            groups.setdefault(
+                (run["benchmark"], run["task"], run["exp_name"], run["steps"]), []
+            ).append(run)
     rows = []
     for (_, task, exp_name, steps), group in groups.items():
-        row: dict[str, Cell] = {"task": task, "run": exp_name, "steps": f"{steps:,}", "seeds": len(group)}
+        row: dict[str, Cell] = {
+            "task": task,
+            "run": exp_name,
+            "steps": f"{steps:,}",
+            "seeds": len(group),
+        }
         for tag, title in METRICS.items():
             late = [curve[len(curve) // 2 :] for run in group if (curve := run["curves"].get(tag))]
-            row[title] = f"{np.median([value for curve in late for _, value in curve]):.3g}" if late else ""
+            row[title] = (
+                f"{np.median([value for curve in late for _, value in curve]):.3g}" if late else ""
+            )
         rows.append(row)
     if rows:
         print_rows("Plasticity, the median of each run's second half", rows, 3, args.format)
@@ -655,15 +853,21 @@ def plot_curves(runs: list[dict], path: Path) -> None:
         for run in (run for run in runs if run["task"] == task):
             colour = OKABE_ITO[names.index(run["exp_name"]) % len(OKABE_ITO)]
             steps, returns = zip(*run["curves"]["eval/mean_return"], strict=True)
-            axis.plot(np.array(steps) / 1000, returns, "o-", ms=3, color=colour, label=run["exp_name"])
+            axis.plot(
+                np.array(steps) / 1000, returns, "o-", ms=3, color=colour, label=run["exp_name"]
+            )
         random = random_returns([run for run in runs if run["task"] == task])
         if random:
             axis.axhline(np.mean(random), color="gray", linestyle="--", label="random policy")
         if constant := next((run["constant"] for run in runs if run["task"] == task), []):
-            axis.axhline(np.mean(constant), color="gray", linestyle=":", label="best constant action")
+            axis.axhline(
+                np.mean(constant), color="gray", linestyle=":", label="best constant action"
+            )
         axis.set(title=task, xlabel="thousand environment steps", ylabel="mean return")
         axis.grid(alpha=0.3)
-        handles = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        handles = {
+            label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
         axis.legend(handles.values(), handles.keys())
     save(figure, path)
 
@@ -673,7 +877,9 @@ def bars(axis: plt.Axes, cells: dict[str, Cell], title: str, ylabel: str) -> Non
     for x, (label, cell) in enumerate(cells.items()):
         value, low, high = cell
         error = None if low is None else [[value - low], [high - value]]
-        axis.bar(x, value, 0.7, color=OKABE_ITO[x % len(OKABE_ITO)], yerr=error, capsize=4, label=label)
+        axis.bar(
+            x, value, 0.7, color=OKABE_ITO[x % len(OKABE_ITO)], yerr=error, capsize=4, label=label
+        )
     axis.set_xticks(range(len(cells)), [label.replace(" ", "\n") for label in cells])
     axis.set(title=title, ylabel=ylabel)
     axis.grid(axis="y", alpha=0.3)
@@ -703,18 +909,28 @@ def plot_panels(runs: list[dict], figure_name: str, path: Path, args: Args) -> N
     """Figure 5 or 6: bars of the IQM; nothing where no panel has two bars."""
     panels, notes = [], []
     for title, benchmark, exp_names in PANELS[figure_name]:
-        rows = {label: row_of(runs, benchmark, name, notes, args) for label, name in exp_names.items()}
+        rows = {
+            label: row_of(runs, benchmark, name, notes, args) for label, name in exp_names.items()
+        }
         cells = {label: row["iqm"] for label, row in rows.items() if "iqm" in row}
         if len(cells) > 1:
-            panels.append((title, cells, "IQM of returns" if benchmark == "dmc" else "IQM, human-normalized"))
+            panels.append(
+                (title, cells, "IQM of returns" if benchmark == "dmc" else "IQM, human-normalized")
+            )
     if panels:
         figure, axes = plt.subplots(
-            1, len(panels), figsize=(1 + 3.4 * len(panels), 3.4), squeeze=False, layout="constrained"
+            1,
+            len(panels),
+            figsize=(1 + 3.4 * len(panels), 3.4),
+            squeeze=False,
+            layout="constrained",
         )
         for axis, (title, cells, ylabel) in zip(axes[0], panels, strict=True):
             bars(axis, cells, title, ylabel)
         for axis in axes[0]:  # comparable at a glance
-            alike = [other.get_ylim()[1] for other in axes[0] if other.get_ylabel() == axis.get_ylabel()]
+            alike = [
+                other.get_ylim()[1] for other in axes[0] if other.get_ylabel() == axis.get_ylabel()
+            ]
             axis.set_ylim(min(0, axis.get_ylim()[0]), max(alike))
         save(figure, path)
 
@@ -733,9 +949,13 @@ def plot_figure4(runs: list[dict], path: Path) -> None:
             if values:
                 drawn = True
                 steps = np.array(sorted(values))
-                lowest, mean, highest = ([function(values[step]) for step in steps] for function in (min, np.mean, max))
+                lowest, mean, highest = (
+                    [function(values[step]) for step in steps] for function in (min, np.mean, max)
+                )
                 axis.plot(steps / 1000, mean, "o-", ms=3, color=colour, label=label)
-                axis.fill_between(steps / 1000, lowest, highest, color=colour, alpha=0.15, linewidth=0)
+                axis.fill_between(
+                    steps / 1000, lowest, highest, color=colour, alpha=0.15, linewidth=0
+                )
         axis.set(title=title, xlabel="thousand environment steps")
         if "eigenvalue" in tag:
             axis.set_yscale("log")
@@ -764,7 +984,12 @@ def plot_figure1(runs: list[dict], path: Path, args: Args) -> None:
             x, y = zip(*[(row["hours"], row["iqm"][0]) for row in points.values()], strict=True)
             axis.plot(x, y, "o-", color=colour, label=f"{method}, ours")
             for label, row in points.items():
-                axis.annotate(label.split(":")[1], (row["hours"], row["iqm"][0]), (4, 4), textcoords="offset points")
+                axis.annotate(
+                    label.split(":")[1],
+                    (row["hours"], row["iqm"][0]),
+                    (4, 4),
+                    textcoords="offset points",
+                )
         rows = [row for row in paper("table2_scaling.csv") if row["method"] == method]
         x, y = zip(*[(float(row["gpu_hours"]), float(row["iqm"])) for row in rows], strict=True)
         axis.plot(x, y, "o--", mfc="white", color=colour, label=f"{method}, paper")
@@ -782,22 +1007,37 @@ def plot_figure1(runs: list[dict], path: Path, args: Args) -> None:
     save(figure, path)
 
 
-def plot_figure2(runs: list[dict], synthetic: dict[tuple[str, str], dict], path: Path, args: Args) -> None:
+def plot_figure2(
+    runs: list[dict], synthetic: dict[tuple[str, str], dict], path: Path, args: Args
+) -> None:
     """A point per method: accuracy on the input against the label task (left), IQM on Atari against Control (right)."""
     panels, notes = [], []
-    late = {key: np.mean(list(late_accuracy(result, args.last).values())) for key, result in synthetic.items()}
+    late = {
+        key: np.mean(list(late_accuracy(result, args.last).values()))
+        for key, result in synthetic.items()
+    }
     points = {
-        m: (late["input", m], late["label", m]) for m in SINGLE if all((t, m) in late for t in ("input", "label"))
+        m: (late["input", m], late["label", m])
+        for m in SINGLE
+        if all((t, m) in late for t in ("input", "label"))
     }
     if len(points) > 1:
         panels.append(("synthetic", "accuracy, input task", "accuracy, label task", points))
     rows = {m: [row_of(runs, b, m, notes, args) for b in ("atari", "dmc")] for m in SINGLE}
-    points = {m: tuple(row["iqm"][0] for row in pair) for m, pair in rows.items() if all("iqm" in row for row in pair)}
+    points = {
+        m: tuple(row["iqm"][0] for row in pair)
+        for m, pair in rows.items()
+        if all("iqm" in row for row in pair)
+    }
     if len(points) > 1:
-        panels.append(("reinforcement learning", "IQM, Atari-100k", "IQM, DeepMind Control", points))
+        panels.append(
+            ("reinforcement learning", "IQM, Atari-100k", "IQM, DeepMind Control", points)
+        )
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 4), squeeze=False, layout="constrained"
+    )
     for axis, (title, xlabel, ylabel, points) in zip(axes[0], panels, strict=True):
         for colour, (method, label) in zip(OKABE_ITO, SINGLE.items(), strict=False):
             if method in points:
@@ -814,7 +1054,14 @@ def plot_intervals(runs: list[dict], path: Path, args: Args) -> None:
     tables = aggregate_tables(args.table) if args.table in ("1", "2", "3", "4") else []
     if args.scores is not None and not tables:
         methods = dict.fromkeys(run["exp_name"] for run in runs)
-        tables = [("", args.benchmark, ["iqm", "median", "mean", "og"], [(name, name, {}) for name in methods])]
+        tables = [
+            (
+                "",
+                args.benchmark,
+                ["iqm", "median", "mean", "og"],
+                [(name, name, {}) for name in methods],
+            )
+        ]
     notes = []
     for title, benchmark, names, shown in tables:
         rows = {label: row_of(runs, benchmark, name, notes, args) for label, name, _ in shown}
@@ -903,7 +1150,11 @@ def main(args: Args) -> int:
     for directory in args.runs:
         if not directory.is_dir():
             fail(f"{directory}: no such directory", 1)
-    runs = read_scores(args.scores, args.benchmark) if args.scores is not None else read_runs(args.runs)
+    runs = (
+        read_scores(args.scores, args.benchmark)
+        if args.scores is not None
+        else read_runs(args.runs)
+    )
     synthetic = read_results(args.runs) if args.runs and args.table is None else {}
     if not runs and not synthetic:
         fail(f"{args.scores or ' '.join(map(str, args.runs))}: no results there", 1)
@@ -917,7 +1168,9 @@ def main(args: Args) -> int:
     if args.runs and (args.table is None or args.plot is not None):
         runs = add_curves(runs)
     if args.table is None and synthetic:
-        args.last = min(args.last, *(result["test_accuracy"].shape[1] for result in synthetic.values()))
+        args.last = min(
+            args.last, *(result["test_accuracy"].shape[1] for result in synthetic.values())
+        )
         print_table(synthetic, args.last)
     if args.table is None and args.scores is None and runs:
         print_returns(runs, args)

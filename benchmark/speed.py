@@ -78,12 +78,18 @@ class Subject:
     eager_update: Callable[[], object]  # the same without a graph, for its parts
     parameters: int
     updates: int  # of a full run
-    parts: dict[str, tuple[object, str]]  # label -> (owner, name) of the function whose calls it covers
-    spans: dict[str, tuple[tuple[object, str], tuple[object, str]]] = field(default_factory=dict)  # from one to another
+    parts: dict[
+        str, tuple[object, str]
+    ]  # label -> (owner, name) of the function whose calls it covers
+    spans: dict[str, tuple[tuple[object, str], tuple[object, str]]] = field(
+        default_factory=dict
+    )  # from one to another
     patches: list = field(default_factory=list)  # in force while it is measured
     act: Callable[[], int] | None = None  # the choice of one action, host sync included
     env_step: Callable[[], object] | None = None  # one interaction, stored
-    render: Callable[[], object] | None = None  # one frame, where that is not the emulator's own work
+    render: Callable[[], object] | None = (
+        None  # one frame, where that is not the emulator's own work
+    )
     env_steps: int = 0  # of a full run
     seeds: int = 1  # trained side by side
 
@@ -95,7 +101,9 @@ def fill(replay, envs, num_steps: int) -> Callable[[], None]:
     replay.start(frames[0, 0])
 
     def env_step():
-        frames, rewards, terminated, truncated, _ = envs.step(rng.integers(num_actions, size=1).astype(np.int32))
+        frames, rewards, terminated, truncated, _ = envs.step(
+            rng.integers(num_actions, size=1).astype(np.int32)
+        )
         if over := bool(terminated[0] or truncated[0]):
             frames, _ = envs.reset()
         replay.add(0, float(np.sign(rewards[0])), over, frames[0, 0])
@@ -115,7 +123,10 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         linear = torch.nn.functional.linear
         mean = linear(x, layer.weight_mu, layer.bias_mu)
         return (
-            mean + linear(x * layer.noise_in, layer.weight_sigma, layer.bias_sigma) * layer.noise_out if noisy else mean
+            mean
+            + linear(x * layer.noise_in, layer.weight_sigma, layer.bias_sigma) * layer.noise_out
+            if noisy
+            else mean
         )
 
     def vary(agent: script.Agent, variant: str | None) -> list:
@@ -130,9 +141,13 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
             patches = [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
         if variant in ("loop Adam", "plain"):
             args = agent.args
-            adam = torch.optim.Adam(agent.parameters, lr=args.learning_rate, eps=args.adam_eps, foreach=False)
+            adam = torch.optim.Adam(
+                agent.parameters, lr=args.learning_rate, eps=args.adam_eps, foreach=False
+            )
             agent.optimizer = SimpleNamespace(  # only fused Adam takes found_inf
-                zero_grad=adam.zero_grad, step=lambda: adam.step(), found_inf=agent.optimizer.found_inf
+                zero_grad=adam.zero_grad,
+                step=lambda: adam.step(),
+                found_inf=agent.optimizer.found_inf,
             )
         return patches
 
@@ -142,14 +157,18 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         envs = script.make_envs(args.env_id, 1, 0)
         num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
         agent = script.Agent(int(envs.action_space.n), num_updates, args, generator)
-        replay = script.ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device(device))
+        replay = script.ReplayBuffer(
+            args.buffer_size, args.n_step, args.gamma, torch.device(device)
+        )
         env_step = fill(replay, envs, 200 if quick else 20_000)
         patches = vary(agent, variant)
         eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
         update, graph_act = eager_update, act
         if device == "cuda" and variant is None:
             changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-            update, graph_act = (script.capture(function, changing, (generator,)) for function in (eager_update, act))
+            update, graph_act = (
+                script.capture(function, changing, (generator,)) for function in (eager_update, act)
+            )
         return Subject(
             update=update,
             eager_update=eager_update,
@@ -180,7 +199,9 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         "PLASTIC": (None, "plain"),
     }
     return {
-        name if variant is None else f"{name}, {variant}": lambda flags=flags, variant=variant: prepare(flags, variant)
+        name if variant is None else f"{name}, {variant}": lambda flags=flags, variant=variant: (
+            prepare(flags, variant)
+        )
         for name, flags in methods.items()
         for variant in variants[name]
     }
@@ -200,7 +221,9 @@ def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         rng, action_dim = np.random.default_rng(0), env.action_space.shape[0]
         agent = script.Agent(action_dim, args, generator)
         shape = env.observation_space.shape
-        replay = script.ReplayBuffer(args.buffer_size, 500, shape, action_dim, args.frame_stack, torch.device(device))
+        replay = script.ReplayBuffer(
+            args.buffer_size, 500, shape, action_dim, args.frame_stack, torch.device(device)
+        )
         replay.start(env.reset()[0])
 
         def env_step():
@@ -254,12 +277,18 @@ def finetune(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         envs = script.make_envs(args.env_id, 1, 0)
         num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
         torch.manual_seed(0)
-        agent = script.Agent(script.Backbone(), int(envs.action_space.n), num_updates, args, generator)
-        replay = script.ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device(device))
+        agent = script.Agent(
+            script.Backbone(), int(envs.action_space.n), num_updates, args, generator
+        )
+        replay = script.ReplayBuffer(
+            args.buffer_size, args.n_step, args.gamma, torch.device(device)
+        )
         env_step = fill(replay, envs, 200 if quick else 20_000)
         patches = []
         if variant == "each pass":
-            agent.args = replace(args, freeze_backbone=False)  # the encoder's weights take no gradient all the same
+            agent.args = replace(
+                args, freeze_backbone=False
+            )  # the encoder's weights take no gradient all the same
         if variant == "contiguous":
             for w in (*agent.online.backbone.parameters(), *agent.target.backbone.parameters()):
                 w.data = w.data.contiguous()
@@ -268,7 +297,9 @@ def finetune(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         update, graph_act = eager_update, act
         if device == "cuda" and variant is None:
             changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-            update, graph_act = (script.capture(function, changing, (generator,)) for function in (eager_update, act))
+            update, graph_act = (
+                script.capture(function, changing, (generator,)) for function in (eager_update, act)
+            )
         return Subject(
             update=update,
             eager_update=eager_update,
@@ -302,7 +333,10 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     """synth_cifar_plasticity.py: base and SAM for several numbers of seeds, and one seed in a plain loop."""
     script = synth_script
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(256, size=(5000, 3, 32, 32), dtype=np.uint8), rng.integers(10, size=5000)
+    images, labels = (
+        rng.integers(256, size=(5000, 3, 32, 32), dtype=np.uint8),
+        rng.integers(10, size=5000),
+    )
     data = (images, labels, images[:100], labels[:100])
     base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
     methods = {"base": base, "SAM": base | dict(sam_rho=0.1)}
@@ -313,7 +347,10 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         args, network = replicas.args, script.Network(replicas.args).to(device)
         parameters = list(network.parameters())
         sgd = torch.optim.SGD(
-            parameters, lr=args.learning_rate[0], momentum=args.momentum, weight_decay=args.weight_decay[0]
+            parameters,
+            lr=args.learning_rate[0],
+            momentum=args.momentum,
+            weight_decay=args.weight_decay[0],
         )
         cross_entropy = torch.nn.functional.cross_entropy
 
@@ -324,7 +361,9 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
             cross_entropy(network(images), labels).backward()
             if args.sam_rho > 0:
                 gradients = [w.grad for w in parameters]
-                steps = torch._foreach_mul(gradients, args.sam_rho / torch.nn.utils.get_total_norm(gradients))
+                steps = torch._foreach_mul(
+                    gradients, args.sam_rho / torch.nn.utils.get_total_norm(gradients)
+                )
                 with torch.no_grad():
                     torch._foreach_add_(parameters, steps)
                 sgd.zero_grad()
@@ -358,9 +397,13 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
             seeds=seeds,
         )
 
-    cases = {"plain loop": (1, True)} | {f"{n} seeds": (n, False) for n in ((1, 3) if quick else (1, 3, 10, 30))}
+    cases = {"plain loop": (1, True)} | {
+        f"{n} seeds": (n, False) for n in ((1, 3) if quick else (1, 3, 10, 30))
+    }
     return {
-        f"{method}, {case}": lambda flags=flags, seeds=seeds, plain=plain: prepare(flags, seeds, plain)
+        f"{method}, {case}": lambda flags=flags, seeds=seeds, plain=plain: prepare(
+            flags, seeds, plain
+        )
         for method, flags in methods.items()
         for case, (seeds, plain) in cases.items()
     }
@@ -427,7 +470,10 @@ def instrumented(subject: Subject, clock: Clock):
     wraps = [(target, label, label) for label, target in subject.parts.items()]
     for label, (begin, end) in subject.spans.items():
         wraps += [(begin, label, None), (end, None, label)]
-    patches = [mock.patch.object(*target, wrap(getattr(*target), first, last)) for target, first, last in wraps]
+    patches = [
+        mock.patch.object(*target, wrap(getattr(*target), first, last))
+        for target, first, last in wraps
+    ]
     for patch in patches:
         patch.start()
     try:
@@ -455,12 +501,18 @@ def floor_ms(subject: Subject, device: str) -> float:
 
     Ten: weights read forward and backward, gradient written and read, two moments, weights and target read and written.
     """
-    size, calls = (1024, 1) if device == "cpu" else (4096, 20)  # many calls a measurement, where launching takes time
+    size, calls = (
+        (1024, 1) if device == "cpu" else (4096, 20)
+    )  # many calls a measurement, where launching takes time
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    flops_per_ms = calls * 2 * size**3 / median_ms(lambda: [a @ b for _ in range(calls)], 20, device)
+    flops_per_ms = (
+        calls * 2 * size**3 / median_ms(lambda: [a @ b for _ in range(calls)], 20, device)
+    )
     source = torch.zeros(64 * 2**20, dtype=torch.uint8, device=device)
     copy = torch.zeros_like(source)
-    copies_per_ms = calls / median_ms(lambda: [copy.copy_(source) for _ in range(calls)], 20, device)
+    copies_per_ms = calls / median_ms(
+        lambda: [copy.copy_(source) for _ in range(calls)], 20, device
+    )
     bytes_per_ms = 2 * source.numel() * copies_per_ms
     with FlopCounterMode(display=False) as counter:
         subject.eager_update()
@@ -483,7 +535,10 @@ def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | di
             if i >= 3:
                 samples.append(parts)
                 eager.append(total)
-    parts = {label: statistics.median(sample.get(label, 0.0) for sample in samples) for label in samples[0]}
+    parts = {
+        label: statistics.median(sample.get(label, 0.0) for sample in samples)
+        for label in samples[0]
+    }
     result = {
         "update_ms": update_ms,
         "eager_update_ms": statistics.median(eager),
@@ -527,8 +582,13 @@ def patched(subject: Subject):
 
 def combine(rounds: list[dict], subject: Subject) -> dict[str, float | dict[str, float]]:
     """All figures of one subject: medians over the rounds, and what follows from them."""
-    result = {key: statistics.median(one[key] for one in rounds) for key in rounds[0] if key != "parts_ms"}
-    parts = {label: statistics.median(one["parts_ms"][label] for one in rounds) for label in rounds[0]["parts_ms"]}
+    result = {
+        key: statistics.median(one[key] for one in rounds) for key in rounds[0] if key != "parts_ms"
+    }
+    parts = {
+        label: statistics.median(one["parts_ms"][label] for one in rounds)
+        for label in rounds[0]["parts_ms"]
+    }
     training_ms = subject.updates * result["update_ms"]
     result["updates_per_second"] = 1e3 / result["update_ms"]
     result["update_ms_per_seed"] = result["update_ms"] / subject.seeds
@@ -550,7 +610,11 @@ def main(args: Args) -> None:
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # as the scripts do
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # as the scripts do
-    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    models = (
+        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if sys.platform == "linux"
+        else []
+    )
     threads = f"{torch.get_num_threads()} threads of {models[0] if models else platform.machine()}"
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else threads
     figures = {
@@ -572,17 +636,24 @@ def main(args: Args) -> None:
                 with patched(subject):
                     rounds[name].append(measure(subject, args.device, repeats))
         figures[script] = {
-            name: {"memory_gib": memory[name], **combine(rounds[name], subject)} for name, subject in subjects.items()
+            name: {"memory_gib": memory[name], **combine(rounds[name], subject)}
+            for name, subject in subjects.items()
         }
         for name, result in figures[script].items():
             shares = {
-                label: f"{ms:.2f} ({ms / result['eager_update_ms']:.0%})" for label, ms in result["parts_ms"].items()
+                label: f"{ms:.2f} ({ms / result['eager_update_ms']:.0%})"
+                for label, ms in result["parts_ms"].items()
             }
             print(f"{script} {name} on {hardware}")
             print("  " + ", ".join(f"{k} {v:.2f}" for k, v in result.items() if k != "parts_ms"))
-            print("  ms by part: " + ", ".join(f"{label} {share}" for label, share in shares.items()), flush=True)
+            print(
+                "  ms by part: " + ", ".join(f"{label} {share}" for label, share in shares.items()),
+                flush=True,
+            )
     if args.json is not None:
-        atari_script.write_atomically(args.json, lambda file: file.write(json.dumps(figures, indent=2).encode()))
+        atari_script.write_atomically(
+            args.json, lambda file: file.write(json.dumps(figures, indent=2).encode())
+        )
 
 
 if __name__ == "__main__":

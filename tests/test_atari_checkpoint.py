@@ -21,7 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import plastic_drq_rainbow_atari as atari
 
 SCRIPT = Path(__file__).parent.parent / "plastic_drq_rainbow_atari.py"
-SMALL = dict(buffer_size=300, learning_starts=20, batch_size=4, hidden_dim=4, n_atoms=5, eval_episodes=1)
+SMALL = dict(
+    buffer_size=300, learning_starts=20, batch_size=4, hidden_dim=4, n_atoms=5, eval_episodes=1
+)
 NAME = "plastic_drq_rainbow_atari"
 
 
@@ -34,7 +36,10 @@ def scalars(run_dir):
     """{tag: [(step, value), ...]} over all event files, nothing purged; sorted, as files of one second are not."""
     events = EventAccumulator(str(run_dir), purge_orphaned_data=False)
     events.Reload()
-    return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    return {
+        tag: sorted((e.step, e.value) for e in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
+    }
 
 
 class Recording:
@@ -84,7 +89,9 @@ def recorded(monkeypatch):
 
     monkeypatch.setattr(atari, "Agent", KeptAgent)
     monkeypatch.setattr(atari, "ReplayBuffer", KeptReplay)
-    monkeypatch.setattr(atari, "evaluate", lambda network, *_: [float(network.head.value.output.bias_mu.sum())])
+    monkeypatch.setattr(
+        atari, "evaluate", lambda network, *_: [float(network.head.value.output.bias_mu.sum())]
+    )
 
     def train(recording, args, stop=None):
         monkeypatch.setattr(atari, "make_envs", lambda *_: recording)
@@ -107,7 +114,13 @@ def stop_at(recording, step, signum=signal.SIGTERM):
 @pytest.mark.parametrize("steps", [(60,), (30, 90, 120)], ids=str)
 def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path, recorded, steps):
     """Stopped where an episode ends: there the emulator's state is not missed."""
-    flags = dict(total_timesteps=150, reset_interval=70, shrink_perturb_alpha=0.5, log_interval=10, save_model=True)
+    flags = dict(
+        total_timesteps=150,
+        reset_interval=70,
+        shrink_perturb_alpha=0.5,
+        log_interval=10,
+        save_model=True,
+    )
     flags |= dict(metrics_interval=45, eval_interval=40, buffer_size=90)  # the buffer wraps around
     whole = Recording()
     agent, replay = recorded(whole, make_args(tmp_path / "whole", **flags))
@@ -117,7 +130,9 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path, recorded, 
     broken = Recording()
     for step in steps:
         with pytest.raises(SystemExit) as exit_info:
-            recorded(broken, make_args(tmp_path / "broken", resume=True, **flags), stop_at(broken, step))
+            recorded(
+                broken, make_args(tmp_path / "broken", resume=True, **flags), stop_at(broken, step)
+            )
         assert exit_info.value.code == 143
         assert broken.step_number == step
         torch.manual_seed(999)  # nothing may come from this process
@@ -141,7 +156,12 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path, recorded, 
     same = ("env_steps", "gradient_updates", "resets", "episode_returns", "skipped_updates")
     assert all(results[0][key] == results[1][key] for key in same)
     assert results[1]["wall_clock_seconds"] > 0
-    assert {path.name.split(".")[0] for path in runs[1].iterdir()} == {"", "events", "result", "model"}
+    assert {path.name.split(".")[0] for path in runs[1].iterdir()} == {
+        "",
+        "events",
+        "result",
+        "model",
+    }
 
 
 def test_a_checkpoint_holds_flags_counters_and_loads_without_running_code(tmp_path, recorded):
@@ -154,7 +174,9 @@ def test_a_checkpoint_holds_flags_counters_and_loads_without_running_code(tmp_pa
     counters = checkpoint["counters"]
     assert (counters["step"], counters["updates"], counters["resets"]) == (41, 2 * (41 - 20 + 1), 0)
     assert set(checkpoint["generators"]) == {"torch", "sampling", "metrics"}
-    assert torch.equal(checkpoint["tensors"]["replay.frames"][7], torch.from_numpy(recording.frames[7, 0, 0]))
+    assert torch.equal(
+        checkpoint["tensors"]["replay.frames"][7], torch.from_numpy(recording.frames[7, 0, 0])
+    )
     assert checkpoint["tensors"]["counts"][0] == 44
 
 
@@ -213,7 +235,10 @@ def test_a_cut_replay_buffer_against_a_list_of_lives():
     batch = replay.gather(torch.tensor(sorted(expected)))
     for i, index in enumerate(sorted(expected)):
         n_step_return, discount, stack = expected[index]
-        assert (batch.n_step_return[i].item(), batch.discount[i].item()) == (n_step_return, discount)
+        assert (batch.n_step_return[i].item(), batch.discount[i].item()) == (
+            n_step_return,
+            discount,
+        )
         assert batch.obs[i, :, 0, 0].tolist() == stack
 
 
@@ -243,7 +268,9 @@ def refused(call, capsys):
     return error
 
 
-def test_an_unfinished_run_is_neither_taken_up_nor_lost_without_being_told(tmp_path, recorded, capsys):
+def test_an_unfinished_run_is_neither_taken_up_nor_lost_without_being_told(
+    tmp_path, recorded, capsys
+):
     run_dir = stopped_run(tmp_path, recorded)
     before = listing(run_dir)
     error = refused(lambda: recorded(Recording(), make_args(tmp_path)), capsys)
@@ -256,7 +283,9 @@ def test_an_unfinished_run_is_neither_taken_up_nor_lost_without_being_told(tmp_p
     assert not (run_dir / "checkpoint.pth").exists()
 
 
-def test_resume_starts_where_there_is_nothing_and_leaves_a_finished_run_alone(tmp_path, recorded, capsys):
+def test_resume_starts_where_there_is_nothing_and_leaves_a_finished_run_alone(
+    tmp_path, recorded, capsys
+):
     recorded(Recording(), make_args(tmp_path, resume=True))
     run_dir = tmp_path / "Alien__x__1"
     before = listing(run_dir)
@@ -266,13 +295,19 @@ def test_resume_starts_where_there_is_nothing_and_leaves_a_finished_run_alone(tm
     output = capsys.readouterr()
     assert (output.out, output.err) == (f"{run_dir}: finished already\n", "")
     assert listing(run_dir) == before
-    error = refused(lambda: recorded(Recording(), make_args(tmp_path, resume=True, sam_rho=0.2)), capsys)
+    error = refused(
+        lambda: recorded(Recording(), make_args(tmp_path, resume=True, sam_rho=0.2)), capsys
+    )
     assert "--sam-rho 0.1" in error
     for text in ("", "{", "null", "[" * 100_000, '{"args": 3}'):
         (run_dir / "result.json").write_text(text)
-        assert "not a result" in refused(lambda: recorded(Recording(), make_args(tmp_path, resume=True)), capsys)
+        assert "not a result" in refused(
+            lambda: recorded(Recording(), make_args(tmp_path, resume=True)), capsys
+        )
     (run_dir / "result.json").write_text('{"args": [[1, 2]]}')
-    assert "another version" in refused(lambda: recorded(Recording(), make_args(tmp_path, resume=True)), capsys)
+    assert "another version" in refused(
+        lambda: recorded(Recording(), make_args(tmp_path, resume=True)), capsys
+    )
 
 
 OTHER_FLAGS = {
@@ -298,7 +333,13 @@ def test_flags_that_change_nothing_of_the_run_may_change_and_it_may_grow(tmp_pat
     moved.parent.mkdir()
     shutil.move(run_dir, moved)
     (moved / "video.gif.tmp").write_bytes(b"half of one, from a kill while it was written")
-    flags = dict(total_timesteps=70, log_interval=5, eval_interval=65, checkpoint_interval=7, cuda_graph=False)
+    flags = dict(
+        total_timesteps=70,
+        log_interval=5,
+        eval_interval=65,
+        checkpoint_interval=7,
+        cuda_graph=False,
+    )
     recorded(Recording(), make_args(tmp_path / "moved", resume=True, save_model=True, **flags))
     result = json.loads((moved / "result.json").read_text())
     assert (result["env_steps"], result["gradient_updates"]) == (70, 2 * 51)
@@ -357,7 +398,9 @@ def without(key):
 
 def flip_bytes(path):
     data = bytearray(path.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 100] = bytes(255 - byte for byte in data[len(data) // 2 :][:100])
+    data[len(data) // 2 : len(data) // 2 + 100] = bytes(
+        255 - byte for byte in data[len(data) // 2 :][:100]
+    )
     path.write_bytes(data)
 
 
@@ -386,7 +429,9 @@ BAD_CHECKPOINTS = {
     "events that are a number": change(events=3),
     "events of a word's size": change(events={"events.out.tfevents.1": "x"}),
     "events of a negative size": change(events={"events.out.tfevents.1": -1}),
-    "weights that are not finite": change_tensor("online.head.value.output.bias_mu", torch.full((5,), math.nan)),
+    "weights that are not finite": change_tensor(
+        "online.head.value.output.bias_mu", torch.full((5,), math.nan)
+    ),
     "flipped bytes": flip_bytes,
     "another shape": change_tensor("replay.frames", torch.zeros((5, 84, 84), dtype=torch.uint8)),
     "another type": change_tensor("counts", torch.zeros(4)),
@@ -396,7 +441,9 @@ BAD_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
-def test_a_file_that_is_no_checkpoint_gets_one_line_and_stays(tmp_path, recorded, capsys, kind, monkeypatch):
+def test_a_file_that_is_no_checkpoint_gets_one_line_and_stays(
+    tmp_path, recorded, capsys, kind, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     run_dir = stopped_run(tmp_path, recorded)
     BAD_CHECKPOINTS[kind](run_dir / "checkpoint.pth")
@@ -427,7 +474,9 @@ def test_a_file_that_is_no_checkpoint_gets_one_line_and_stays(tmp_path, recorded
 )
 def test_checkpoints_are_written_when_they_should_be(tmp_path, recorded, monkeypatch, flags, steps):
     saved, original = [], atari.save_checkpoint
-    monkeypatch.setattr(atari, "save_checkpoint", lambda *call: saved.append(call[2].step) or original(*call))
+    monkeypatch.setattr(
+        atari, "save_checkpoint", lambda *call: saved.append(call[2].step) or original(*call)
+    )
     recorded(Recording(), make_args(tmp_path, **flags))
     assert saved == steps
 
@@ -437,14 +486,18 @@ def test_a_continued_run_begins_with_other_no_ops_than_the_first_process_and_the
 ):
     run_dir = stopped_run(tmp_path, recorded)
     seeds, recording = [], Recording()
-    monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: seeds.append(seed) or recording)
+    monkeypatch.setattr(
+        atari, "make_envs", lambda env_id, num_envs, seed: seeds.append(seed) or recording
+    )
     atari.run(make_args(tmp_path, resume=True), atari.Stop())
     assert (run_dir / "result.json").exists()
     *_, seed = seeds  # the ones before only ask for the number of actions
     assert seed not in (1, *range(20_000, 30_000))
 
 
-def test_a_run_cut_off_so_early_that_it_has_nothing_to_learn_from_skips_its_updates(tmp_path, recorded):
+def test_a_run_cut_off_so_early_that_it_has_nothing_to_learn_from_skips_its_updates(
+    tmp_path, recorded
+):
     """Stopped at step 8, learning from 14: no window of 10 steps is complete until a life is lost in step 17."""
     recording = Recording()
     with pytest.raises(SystemExit):
@@ -493,14 +546,18 @@ def test_a_checkpoint_that_finds_no_space_leaves_the_one_before_and_the_run_goes
     assert (run_dir / "result.json").exists()
 
 
-def test_a_continued_run_goes_on_under_the_same_id_at_weights_and_biases(tmp_path, recorded, monkeypatch):
+def test_a_continued_run_goes_on_under_the_same_id_at_weights_and_biases(
+    tmp_path, recorded, monkeypatch
+):
     calls = []
 
     def init(**kwargs):
         calls.append((kwargs["id"], kwargs["resume"]))
         return SimpleNamespace(id="id7")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, __spec__=True))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, __spec__=True)
+    )
     stopped_run(tmp_path, recorded, track=True)
     recorded(Recording(), make_args(tmp_path, resume=True, track=True))
     assert calls == [(None, "allow"), ("id7", "allow")]
@@ -527,7 +584,10 @@ def test_the_memory_needed_counts_frames_and_weights_exactly():
     assert needed(buffer_size=50_000) - needed(buffer_size=40_000) == 10_000 * (84 * 84 + 17)
     args = atari.resolve(atari.Args(device="cpu", buffer_size=40_000))
     replay = atari.ReplayBuffer(1000, 10, 0.99, torch.device("cpu"))
-    per_slot = sum(tensor.numel() * tensor.element_size() for tensor in replay.tensors().values()) / replay.slots
+    per_slot = (
+        sum(tensor.numel() * tensor.element_size() for tensor in replay.tensors().values())
+        / replay.slots
+    )
     assert per_slot == pytest.approx(84 * 84 + 17, rel=1e-3)
     parameters = sum(w.numel() for w in atari.QNetwork(6, args).parameters())
     assert needed(buffer_size=40_000) - needed(buffer_size=40_000, sam_rho=0.0) == 4 * parameters
@@ -557,20 +617,27 @@ agent.act(torch.zeros((args.eval_episodes, 4, 84, 84), dtype=torch.uint8))
 peak = 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss is inherited
 print((peak - before) / atari.memory_needed(18, args))
 """
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert finished.returncode == 0, finished.stderr
     assert 0.7 < float(finished.stdout) < 1.2
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(atari, "memory_available", lambda device: 2**29)
-    error = refused(lambda: atari.run(make_args(tmp_path, buffer_size=100_000), atari.Stop()), capsys)
+    error = refused(
+        lambda: atari.run(make_args(tmp_path, buffer_size=100_000), atari.Stop()), capsys
+    )
     assert "needs about 0.7 GiB of memory, and cpu has 0.5 free" in error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_memory_available_is_that_of_the_machine_or_of_the_container(monkeypatch):
-    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4096 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4096 kB\n",
+        "/sys/fs/cgroup/memory.max": "max\n",
+    }
 
     def read_text(path):
         if str(path) not in files:
@@ -579,13 +646,18 @@ def test_the_memory_available_is_that_of_the_machine_or_of_the_container(monkeyp
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert atari.memory_available(torch.device("cpu")) == 2**22
-    files |= {"/sys/fs/cgroup/memory.max": "2097152\n", "/sys/fs/cgroup/memory.current": "1048576\n"}
+    files |= {
+        "/sys/fs/cgroup/memory.max": "2097152\n",
+        "/sys/fs/cgroup/memory.current": "1048576\n",
+    }
     assert atari.memory_available(torch.device("cpu")) == 2**20
     files.clear()
     assert atari.memory_available(torch.device("cpu")) == math.inf
 
 
-def test_a_model_that_cannot_be_written_can_be_written_by_the_next_try(tmp_path, recorded, monkeypatch):
+def test_a_model_that_cannot_be_written_can_be_written_by_the_next_try(
+    tmp_path, recorded, monkeypatch
+):
     """The evaluation is repeated, no more. Without checkpoints there is no next try: the result is there at once."""
     write, full = atari.write_atomically, [True]
 
@@ -607,7 +679,12 @@ def test_a_model_that_cannot_be_written_can_be_written_by_the_next_try(tmp_path,
     recording = Recording()
     recorded(recording, make_args(tmp_path / "a", **flags))
     assert recording.actions == []
-    assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {"", "events", "result", "model"}
+    assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {
+        "",
+        "events",
+        "result",
+        "model",
+    }
 
 
 def test_a_file_of_yours_in_the_runs_directory_stays(tmp_path, recorded):
@@ -617,11 +694,16 @@ def test_a_file_of_yours_in_the_runs_directory_stays(tmp_path, recorded):
         (run_dir / name).write_text("mine")
     recorded(Recording(), make_args(tmp_path))
     recorded(Recording(), make_args(tmp_path, overwrite=True))
-    assert {"mine.pth", "mine.tmp", "notes.txt", "result.json"} <= {path.name for path in run_dir.iterdir()}
+    assert {"mine.pth", "mine.tmp", "notes.txt", "result.json"} <= {
+        path.name for path in run_dir.iterdir()
+    }
 
 
 def test_what_a_stop_says_is_true(tmp_path, recorded, capsys):
-    for flags, hint in ((dict(checkpoint_interval=0), ""), (dict(exp_name="y"), "; --resume continues the run")):
+    for flags, hint in (
+        (dict(checkpoint_interval=0), ""),
+        (dict(exp_name="y"), "; --resume continues the run"),
+    ):
         recording = Recording()
         with pytest.raises(SystemExit):
             recorded(recording, make_args(tmp_path, **flags), stop_at(recording, 41))
@@ -632,7 +714,9 @@ def test_what_a_stop_says_is_true(tmp_path, recorded, capsys):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_reward_that_is_no_finite_number_is_counted_and_taken_as_0(tmp_path, recorded, capsys, value):
+def test_a_reward_that_is_no_finite_number_is_counted_and_taken_as_0(
+    tmp_path, recorded, capsys, value
+):
     recording = Recording()
     recording.rewards[[25, 33]] = value
     agent, replay = recorded(recording, make_args(tmp_path, total_timesteps=100))
@@ -649,7 +733,9 @@ def test_a_reward_that_is_no_finite_number_is_counted_and_taken_as_0(tmp_path, r
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
-def test_an_observation_that_is_no_number_cannot_enter_the_bytes_of_the_replay_buffer(tmp_path, recorded):
+def test_an_observation_that_is_no_number_cannot_enter_the_bytes_of_the_replay_buffer(
+    tmp_path, recorded
+):
     recording = Recording()
     recording.frames = recording.frames.astype(np.float32)
     recording.frames[25:28] = math.nan
@@ -671,11 +757,17 @@ def test_a_gradient_that_is_no_finite_number_poisons_neither_weights_nor_priorit
     def faulty(loss):
         calls.append(len(calls))
         backward(loss)
-        if len(calls) % 20 == (5 if where == "first pass" else 6):  # the first passes have odd numbers
+        if len(calls) % 20 == (
+            5 if where == "first pass" else 6
+        ):  # the first passes have odd numbers
             kept_agent[-1].parameters[3].grad.view(-1)[2] = value
 
     kept_agent, original = [], atari.Agent.__init__
-    monkeypatch.setattr(atari.Agent, "__init__", lambda self, *args: original(self, *args) or kept_agent.append(self))
+    monkeypatch.setattr(
+        atari.Agent,
+        "__init__",
+        lambda self, *args: original(self, *args) or kept_agent.append(self),
+    )
     monkeypatch.setattr(torch.Tensor, "backward", faulty)
     agent, replay = recorded(Recording(), make_args(tmp_path))
     assert len(calls) == 164
@@ -804,7 +896,15 @@ def test_impatient_signals_and_closed_streams(tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode in (130, 143)
     assert error.count("\n") == 1, error
-    command = [sys.executable, str(SCRIPT), "--run-dir", str(tmp_path), *FLAGS, "--total-timesteps", "30"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--run-dir",
+        str(tmp_path),
+        *FLAGS,
+        "--total-timesteps",
+        "30",
+    ]
     closed = ["bash", "-c", 'exec "$@" >&- 2>&-', "bash", *command, "--exp-name", "closed"]
     assert subprocess.run(closed, timeout=120).returncode == 0
     assert (tmp_path / "Alien__closed__1" / "result.json").exists()
@@ -860,7 +960,9 @@ def test_a_disk_that_is_full_during_a_checkpoint_costs_only_that_checkpoint(tmp_
     process.kill()
     process.communicate()
     before = (run_dir / "checkpoint.pth").read_bytes()
-    process = start(tmp_path, "--total-timesteps", "100000", "--checkpoint-interval", "50", limit=2000)
+    process = start(
+        tmp_path, "--total-timesteps", "100000", "--checkpoint-interval", "50", limit=2000
+    )
     assert "warning: " in (line := process.stderr.readline())
     assert "checkpoint.pth not written: File too large" in line
     process.send_signal(signal.SIGTERM)
@@ -873,7 +975,14 @@ def test_a_disk_that_is_full_during_a_checkpoint_costs_only_that_checkpoint(tmp_
 def test_tensorboard_without_space_ends_the_run_with_one_line_and_the_checkpoint_stays(tmp_path):
     run_dir = tmp_path / "Alien__x__1"
     process = start(
-        tmp_path, "--total-timesteps", "3000", "--checkpoint-interval", "20", "--log-interval", "1", limit=6
+        tmp_path,
+        "--total-timesteps",
+        "3000",
+        "--checkpoint-interval",
+        "20",
+        "--log-interval",
+        "1",
+        limit=6,
     )
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -886,7 +995,11 @@ def test_tensorboard_without_space_ends_the_run_with_one_line_and_the_checkpoint
 def soak(tmp_path, minutes, *flags):
     """Run for that long with checkpoints, metrics and evaluations; returns (time, resident MiB) samples and steps."""
     run_dir, samples = tmp_path / "Alien__x__1", []
-    process = start(tmp_path, *"--total-timesteps 100000 --metrics-interval 200 --eval-interval 400".split(), *flags)
+    process = start(
+        tmp_path,
+        *"--total-timesteps 100000 --metrics-interval 200 --eval-interval 400".split(),
+        *flags,
+    )
     wait_for((run_dir / "checkpoint.pth").exists, process, 600)
     begin = time.monotonic()
     while time.monotonic() - begin < 60 * minutes:
@@ -915,9 +1028,15 @@ def test_memory_stays_flat_for_half_an_hour(tmp_path):
     """At full size, PLASTIC. Prints memory and speed by tenths; speed is not asserted."""
     flags = "--hidden-dim 512 --n-atoms 51 --batch-size 32 --buffer-size 100000 --eval-episodes 2".split()
     samples, logged = soak(
-        tmp_path, float(os.environ.get("SOAK_MINUTES", "30")), *flags, "--checkpoint-interval", "200"
+        tmp_path,
+        float(os.environ.get("SOAK_MINUTES", "30")),
+        *flags,
+        "--checkpoint-interval",
+        "200",
     )
-    medians = [np.median([mib for _, mib in part]) for part in np.array_split(np.array(samples), 10)]
+    medians = [
+        np.median([mib for _, mib in part]) for part in np.array_split(np.array(samples), 10)
+    ]
     seconds = np.diff([wall_time for wall_time, _ in logged])  # of 10 steps each
     speeds = [10 / np.median(part) for part in np.array_split(seconds, 10)]
     print(f"\n{logged[-1][1]} steps")

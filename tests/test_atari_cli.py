@@ -26,7 +26,9 @@ def run(tmp_path, *flags, env=None):
     """Run the script from an empty directory; returns the finished process."""
     command = [sys.executable, str(SCRIPT), *flags]
     environment = os.environ | {"PYTHONWARNINGS": "error"} | (env or {})
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def read_result(tmp_path):
@@ -44,7 +46,16 @@ METHODS = {"base": [*BASE, "--reset-interval", "0"], "dagger": DAGGER, "plastic"
 
 @pytest.mark.parametrize("method, flags", METHODS.items(), ids=METHODS)
 def test_a_short_real_run_past_learning_starts_and_resets(tmp_path, method, flags):
-    extra = ["--replay-ratio", "4", "--exp-name", method, "--log-interval", "20", "--metrics-interval", "30"]
+    extra = [
+        "--replay-ratio",
+        "4",
+        "--exp-name",
+        method,
+        "--log-interval",
+        "20",
+        "--metrics-interval",
+        "30",
+    ]
     resets = [] if method == "base" else ["--reset-interval", "30"]
     finished = run(tmp_path, *SHORT, *extra, *resets, *flags)
     assert finished.returncode == 0, finished.stderr
@@ -61,7 +72,9 @@ def test_a_short_real_run_past_learning_starts_and_resets(tmp_path, method, flag
     assert set(result["args"]) == {field for field in atari.Args.__dataclass_fields__}
     assert len(result["episode_returns"]) == 2
     assert result["mean_return"] == sum(result["episode_returns"]) / 2
-    assert result["human_normalized_score"] == pytest.approx((result["mean_return"] - 227.8) / (7127.7 - 227.8))
+    assert result["human_normalized_score"] == pytest.approx(
+        (result["mean_return"] - 227.8) / (7127.7 - 227.8)
+    )
     assert result["versions"]["torch"] == torch.__version__
     assert math.isclose(result["updates_per_second"] / result["env_steps_per_second"], 104 / 45)
 
@@ -69,18 +82,33 @@ def test_a_short_real_run_past_learning_starts_and_resets(tmp_path, method, flag
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {"charts/SPS", "losses/td_loss", "losses/q_values", "losses/gradient_norm"} <= tags
-    assert {"eval/mean_return", "eval/human_normalized_score", "plasticity/hessian_max_eigenvalue"} <= tags
+    assert {
+        "eval/mean_return",
+        "eval/human_normalized_score",
+        "plasticity/hessian_max_eigenvalue",
+    } <= tags
     assert {"plasticity/active_units/head", "plasticity/active_units/backbone"} <= tags
     assert [e.step for e in events.Scalars("losses/td_loss")] == [20, 40, 45]
     assert [e.step for e in events.Scalars("plasticity/active_units/head")] == [30]
     assert events.Scalars("eval/mean_return")[-1].value == pytest.approx(result["mean_return"])
     assert all(math.isfinite(e.value) for tag in tags for e in events.Scalars(tag))
     if method == "plastic":  # CReLU: of each pair, one is above 0
-        assert events.Scalars("plasticity/active_units/head")[0].value == pytest.approx(0.5, abs=1e-3)
+        assert events.Scalars("plasticity/active_units/head")[0].value == pytest.approx(
+            0.5, abs=1e-3
+        )
 
 
 def short_args(tmp_path, **flags):
-    flags = dict(total_timesteps=45, learning_starts=20, buffer_size=200, eval_episodes=2, save_model=True) | flags
+    flags = (
+        dict(
+            total_timesteps=45,
+            learning_starts=20,
+            buffer_size=200,
+            eval_episodes=2,
+            save_model=True,
+        )
+        | flags
+    )
     return atari.resolve(atari.Args(device="cpu", run_dir=tmp_path, **flags))
 
 
@@ -119,7 +147,9 @@ def test_a_finished_run_is_kept_unless_overwrite(tmp_path):
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
     # The saved model plays the run's games again.
-    again = run(tmp_path, "--evaluate", str(directory / "model.pth"), "--eval-episodes", "2", "--seed", "9")
+    again = run(
+        tmp_path, "--evaluate", str(directory / "model.pth"), "--eval-episodes", "2", "--seed", "9"
+    )
     assert again.returncode == 0, again.stderr
     mean_return = read_result(tmp_path)["mean_return"]
     assert f"Alien: mean return {mean_return:.1f} over 2 games" in again.stdout
@@ -136,10 +166,21 @@ def test_a_finished_run_is_kept_unless_overwrite(tmp_path):
 
 
 def test_an_evaluation_of_a_saved_model_takes_the_files_game_and_network(tmp_path):
-    args = short_args(tmp_path, env_id="MsPacman", hidden_dim=8, n_atoms=7, crelu=False, layer_norm_scope="all")
+    args = short_args(
+        tmp_path, env_id="MsPacman", hidden_dim=8, n_atoms=7, crelu=False, layer_norm_scope="all"
+    )
     atari.run(args, atari.Stop())
     path = tmp_path / "MsPacman__plastic_drq_rainbow_atari__1" / "model.pth"
-    evaluated = run(tmp_path, "--evaluate", str(path), "--eval-episodes", "1", "--device", "cpu", "--capture-video")
+    evaluated = run(
+        tmp_path,
+        "--evaluate",
+        str(path),
+        "--eval-episodes",
+        "1",
+        "--device",
+        "cpu",
+        "--capture-video",
+    )
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stdout.startswith("MsPacman: mean return")
     gif = path.with_name("model.pth.gif")
@@ -149,15 +190,25 @@ def test_an_evaluation_of_a_saved_model_takes_the_files_game_and_network(tmp_pat
     assert gif.read_bytes() == before
 
 
-def test_an_evaluation_of_a_saved_model_keeps_its_seed_and_takes_the_commands_episodes(tmp_path, monkeypatch):
+def test_an_evaluation_of_a_saved_model_keeps_its_seed_and_takes_the_commands_episodes(
+    tmp_path, monkeypatch
+):
     played = []
     monkeypatch.setattr(atari, "evaluate", lambda *call: played.append(call) or [1.0])
     atari.run(short_args(tmp_path, hidden_dim=4, n_atoms=3, seed=5), atari.Stop())
     path = tmp_path / "Alien__plastic_drq_rainbow_atari__5" / "model.pth"
-    flags = dict(evaluate=path, seed=9, env_id="Pong", eval_episodes=7, eval_epsilon=0.25, device="cpu")
+    flags = dict(
+        evaluate=path, seed=9, env_id="Pong", eval_episodes=7, eval_epsilon=0.25, device="cpu"
+    )
     atari.evaluate_saved(atari.resolve(atari.Args(**flags)))
     network, env_id, args, video = played[-1]
-    assert (env_id, args.seed, args.eval_episodes, args.eval_epsilon, video) == ("Alien", 5, 7, 0.25, None)
+    assert (env_id, args.seed, args.eval_episodes, args.eval_epsilon, video) == (
+        "Alien",
+        5,
+        7,
+        0.25,
+        None,
+    )
     for name, value in weights(tmp_path, args).items():
         assert torch.equal(network.state_dict()[name], value)
 
@@ -235,7 +286,9 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_a_flag_that_makes_no_sense_ends_with_code_2_and_says_so(flags, capsys, tmp_path, monkeypatch):
+def test_a_flag_that_makes_no_sense_ends_with_code_2_and_says_so(
+    flags, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_info:
         atari.resolve(tyro.cli(atari.Args, args=flags.split()))
@@ -271,20 +324,31 @@ def test_any_of_envpools_atari_games_is_allowed(game):
         ("--hidden-dim 1000000 --n-atoms 100000", 1, "--hidden-dim"),
         ("--batch-size 65536 --n-atoms 1000", 1, "--batch-size"),
         pytest.param(
-            "--device cuda", 1, "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+            "--device cuda",
+            1,
+            "CUDA",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA"),
         ),
     ],
 )
-def test_the_script_ends_with_one_line_no_traceback_and_nothing_written(tmp_path, flags, code, words):
+def test_the_script_ends_with_one_line_no_traceback_and_nothing_written(
+    tmp_path, flags, code, words
+):
     (tmp_path / "file").write_text("not a directory, not a model")
     torch.save({"target": {}}, tmp_path / "foreign.pth")
     args = atari.Args(hidden_dim=1, n_atoms=2)
     model = {"args": json.loads(json.dumps(asdict(args), default=str)), "num_actions": 3}
     weights = atari.QNetwork(3, args).state_dict()
-    torch.save(model | {"target": weights | {"backbone.0.bias": torch.full((32,), math.nan)}}, tmp_path / "nan.pth")
+    torch.save(
+        model | {"target": weights | {"backbone.0.bias": torch.full((32,), math.nan)}},
+        tmp_path / "nan.pth",
+    )
     torch.save(model | {"target": weights}, tmp_path / "whole.pth")
     for name, seed in (("seed", "x"), ("large_seed", 10**30)):
-        torch.save(model | {"target": weights, "args": model["args"] | {"seed": seed}}, tmp_path / f"{name}.pth")
+        torch.save(
+            model | {"target": weights, "args": model["args"] | {"seed": seed}},
+            tmp_path / f"{name}.pth",
+        )
     (tmp_path / "truncated.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:20_000])
     before = sorted(path.name for path in tmp_path.iterdir())
     finished = run(tmp_path, *flags.split())
@@ -299,11 +363,21 @@ def test_the_script_ends_with_one_line_no_traceback_and_nothing_written(tmp_path
 def test_a_disk_that_fills_up_costs_the_model_not_the_result(tmp_path):
     """`ulimit -f` in blocks of 1 KiB: room for everything but the model (7 million floats)."""
     flags = ["--run-dir", str(tmp_path), "--save-model", *SHORT, *BASE]
-    command = ["bash", "-c", 'ulimit -f 2000; trap "" XFSZ; exec "$@"', "bash", sys.executable, str(SCRIPT), *flags]
+    command = [
+        "bash",
+        "-c",
+        'ulimit -f 2000; trap "" XFSZ; exec "$@"',
+        "bash",
+        sys.executable,
+        str(SCRIPT),
+        *flags,
+    ]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     warning, error = finished.stderr.splitlines()
     assert finished.returncode == 1
-    assert warning.startswith("warning: ") and "checkpoint.pth" in warning  # the one before the evaluation
+    assert (
+        warning.startswith("warning: ") and "checkpoint.pth" in warning
+    )  # the one before the evaluation
     assert error.startswith("error: ") and "model.pth" in error
     (directory,) = tmp_path.glob("Alien*")
     assert {path.name.split(".")[0] for path in directory.iterdir()} == {"", "events", "result"}
@@ -311,14 +385,18 @@ def test_a_disk_that_fills_up_costs_the_model_not_the_result(tmp_path):
 
 
 def test_a_hundred_skipped_updates_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(atari, "td_error", lambda log_probs, action, td_target: log_probs.sum((1, 2)) * math.nan)
+    monkeypatch.setattr(
+        atari, "td_error", lambda log_probs, action, td_target: log_probs.sum((1, 2)) * math.nan
+    )
     args = short_args(tmp_path, total_timesteps=200, log_interval=10, hidden_dim=4, n_atoms=3)
     with pytest.raises(SystemExit) as exit_info:
         atari.run(args, atari.Stop())
     assert exit_info.value.code == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "step 70: 102 updates in a row had a non-finite gradient" in error  # 2 a step from step 20 on
+    assert (
+        "step 70: 102 updates in a row had a non-finite gradient" in error
+    )  # 2 a step from step 20 on
     assert not list(tmp_path.glob("*/result.json"))
 
 
@@ -327,7 +405,9 @@ def test_a_run_with_a_few_skipped_updates_goes_on_and_counts_them(tmp_path, monk
 
     def sometimes_nan(log_probs, action, td_target):
         calls.append(len(calls))
-        return original(log_probs, action, td_target) * (math.nan if len(calls) in (5, 6, 20) else 1.0)
+        return original(log_probs, action, td_target) * (
+            math.nan if len(calls) in (5, 6, 20) else 1.0
+        )
 
     monkeypatch.setattr(atari, "td_error", sometimes_nan)
     atari.run(short_args(tmp_path, sam_rho=0.0, hidden_dim=4, n_atoms=3), atari.Stop())
@@ -354,12 +434,21 @@ def init(**kwargs):
     assert not (tmp_path / "tracked.json").exists()
     assert run(tmp_path, *flags, "--track", "--seed", "2", env=env).returncode == 0
     tracked = json.loads((tmp_path / "tracked.json").read_text())
-    assert (tracked["project"], tracked["entity"], tracked["name"]) == ("p", "e", "Alien__plastic_drq_rainbow_atari__2")
+    assert (tracked["project"], tracked["entity"], tracked["name"]) == (
+        "p",
+        "e",
+        "Alien__plastic_drq_rainbow_atari__2",
+    )
     assert tracked["sync_tensorboard"] is True
     assert tracked["config"]["sam_rho"] == 0
     assert (tracked["id"], tracked["resume"]) == (None, "allow")
-    refused = run(tmp_path, *SHORT, *BASE, "--track", "--seed", "3", "--wandb-entity", "nobody", env=env)
-    assert (refused.returncode, refused.stderr) == (1, "error: --track: Weights & Biases says: no such entity\n")
+    refused = run(
+        tmp_path, *SHORT, *BASE, "--track", "--seed", "3", "--wandb-entity", "nobody", env=env
+    )
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "error: --track: Weights & Biases says: no such entity\n",
+    )
     assert not (tmp_path / "runs/Alien__plastic_drq_rainbow_atari__3").exists()
 
 
@@ -371,5 +460,11 @@ def test_every_flag_has_a_help_text(capsys):
         flag = "--" + name.replace("_", "-")
         assert flag in text
     source = SCRIPT.read_text().split("class Args:")[1].split("# fmt: on")[0]
-    settings = [line for line in source.splitlines() if line.startswith("    ") and ": " in line and " = " in line]
-    assert len([s for s in settings if not s.strip().startswith("#")]) == len(atari.Args.__dataclass_fields__)
+    settings = [
+        line
+        for line in source.splitlines()
+        if line.startswith("    ") and ": " in line and " = " in line
+    ]
+    assert len([s for s in settings if not s.strip().startswith("#")]) == len(
+        atari.Args.__dataclass_fields__
+    )

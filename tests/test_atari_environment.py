@@ -62,7 +62,9 @@ def test_preprocessing_equals_ale_driven_by_hand(env_id, rom):
     recorded, first, first_lives = [], frames[0, 0].copy(), int(info["lives"][0])
     for action in actions:
         frames, rewards, terminated, truncated, info = envs.step(np.array([action], dtype=np.int32))
-        recorded.append((frames[0, 0].copy(), float(rewards[0]), int(info["lives"][0]), bool(terminated[0])))
+        recorded.append(
+            (frames[0, 0].copy(), float(rewards[0]), int(info["lives"][0]), bool(terminated[0]))
+        )
         assert not truncated[0]
         if terminated[0]:
             break
@@ -76,7 +78,9 @@ def test_preprocessing_equals_ale_driven_by_hand(env_id, rom):
             return False
         for action, (frame, *rest) in zip(actions, recorded, strict=False):
             by_hand, *rest_by_hand = game.step(action)
-            over = rest[-1]  # the frame after game over is not an observation of anything: nobody uses it
+            over = rest[
+                -1
+            ]  # the frame after game over is not an observation of anything: nobody uses it
             if rest_by_hand != rest or not (over or same_frame(by_hand, frame)):
                 return False
         return True
@@ -115,8 +119,15 @@ def test_the_time_limit_truncates():
     """27,000 steps is long; the limit's meaning is read off the configuration and a shorter game of the same kind."""
     config = atari.make_envs("Pong", 1, 0).spec.config
     assert config.max_episode_steps == 27_000
-    wanted = dict(frame_skip=4, noop_max=30, repeat_action_probability=0.0, stack_num=1, episodic_life=False)
-    wanted |= dict(use_fire_reset=False, use_inter_area_resize=False, reward_clip=False, full_action_space=False)
+    wanted = dict(
+        frame_skip=4, noop_max=30, repeat_action_probability=0.0, stack_num=1, episodic_life=False
+    )
+    wanted |= dict(
+        use_fire_reset=False,
+        use_inter_area_resize=False,
+        reward_clip=False,
+        full_action_space=False,
+    )
     assert {name: getattr(config, name) for name in wanted} == wanted
 
 
@@ -184,7 +195,12 @@ class ScriptedEnvs:
             lives.append(lives_left)
             terminated.append(self.over[i] and lives_left == 0)
             truncated.append(self.over[i] and lives_left > 0)
-        out = np.stack(frames)[:, None], np.array(rewards, np.float32), np.array(terminated), np.array(truncated)
+        out = (
+            np.stack(frames)[:, None],
+            np.array(rewards, np.float32),
+            np.array(terminated),
+            np.array(truncated),
+        )
         self.log.append(("step", actions.copy(), *out, np.array(lives)))
         return *out, {"lives": np.array(lives, np.int32), "env_id": env_ids.copy()}
 
@@ -211,7 +227,9 @@ def run_on(monkeypatch, tmp_path, envs, total_timesteps, evaluate=lambda *_: [1.
     monkeypatch.setattr(atari, "ReplayBuffer", KeptReplay)
     monkeypatch.setattr(atari, "Agent", IdleAgent)
     flags = dict(learning_starts=10, hidden_dim=4, n_atoms=3, buffer_size=200) | flags
-    args = atari.resolve(atari.Args(device="cpu", run_dir=tmp_path, total_timesteps=total_timesteps, **flags))
+    args = atari.resolve(
+        atari.Args(device="cpu", run_dir=tmp_path, total_timesteps=total_timesteps, **flags)
+    )
     atari.run(args, atari.Stop())
     (path,) = tmp_path.glob("*/result.json")
     return kept, json.loads(path.read_text())
@@ -227,7 +245,9 @@ GAMES = [
 ] * 20
 
 
-def test_stored_transitions_are_the_environments_and_autoreset_steps_are_not_among_them(monkeypatch, tmp_path):
+def test_stored_transitions_are_the_environments_and_autoreset_steps_are_not_among_them(
+    monkeypatch, tmp_path
+):
     envs = ScriptedEnvs([GAMES])
     kept, result = run_on(monkeypatch, tmp_path, envs, total_timesteps=150, n_step=3)
     replay = kept["replay"]
@@ -244,7 +264,9 @@ def test_stored_transitions_are_the_environments_and_autoreset_steps_are_not_amo
         np.testing.assert_array_equal(replay.frames[slot], newest)
         assert replay.actions[slot] == actions[0]
         assert replay.rewards[slot] == np.sign(rewards[0])
-        assert bool(replay.ends[slot]) == bool(terminated[0] or truncated[0] or 0 < lives_after[0] < lives)
+        assert bool(replay.ends[slot]) == bool(
+            terminated[0] or truncated[0] or 0 < lives_after[0] < lives
+        )
         newest, lives, slot = frames[0, 0], lives_after[0], slot + 1
     assert slot == 150 == replay.cursor
     assert {0, 1} == set(replay.ends[:150].int().tolist())
@@ -263,7 +285,9 @@ def test_logged_returns_are_unclipped_and_whole_episodes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("replay_ratio, resets", [(2, 4), (4, 9), (8, 19)])
-def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(monkeypatch, tmp_path, replay_ratio, resets):
+def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(
+    monkeypatch, tmp_path, replay_ratio, resets
+):
     class LightReplay:
         def __init__(self, *args):
             pass
@@ -300,7 +324,9 @@ def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(monkey
     monkeypatch.setattr(atari.Agent, "reset", reset)
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     monkeypatch.setattr(atari, "evaluate", lambda network, env_id, args, video: [0.0])
-    args = atari.Args(device="cpu", run_dir=tmp_path, replay_ratio=replay_ratio, hidden_dim=4, log_interval=50_000)
+    args = atari.Args(
+        device="cpu", run_dir=tmp_path, replay_ratio=replay_ratio, hidden_dim=4, log_interval=50_000
+    )
     args.checkpoint_interval = 0
     atari.run(atari.resolve(args), atari.Stop())
     (path,) = tmp_path.glob("*/result.json")
@@ -357,9 +383,9 @@ class ScriptedNetwork:
     def __call__(self, images, noisy):
         assert noisy is False
         self.shown.append((images * 255).round().to(torch.uint8).numpy())
-        return torch.log(torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9], [0.8, 0.1, 0.1]])).expand(
-            len(images), 3, 3
-        )
+        return torch.log(
+            torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9], [0.8, 0.1, 0.1]])
+        ).expand(len(images), 3, 3)
 
     def q_values(self, log_probs):
         return log_probs.exp() @ self.support
@@ -369,7 +395,9 @@ def test_evaluation_plays_exactly_one_full_game_per_environment(monkeypatch):
     games = [[[(1, 2)] * n + [(2, 0)]] for n in (0, 7, 3, 12)]
     envs = ScriptedEnvs(games)
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
-    returns = atari.evaluate(ScriptedNetwork(), "Alien", atari.Args(eval_episodes=4, eval_epsilon=0.0))
+    returns = atari.evaluate(
+        ScriptedNetwork(), "Alien", atari.Args(eval_episodes=4, eval_epsilon=0.0)
+    )
     assert returns == [2.0, 9.0, 5.0, 14.0]  # unclipped sums, in the environments' order
     assert envs.finished == [1, 1, 1, 1]
     assert envs.steps_after_end == [0, 0, 0, 0]
@@ -377,7 +405,9 @@ def test_evaluation_plays_exactly_one_full_game_per_environment(monkeypatch):
 
 
 def test_evaluation_stacks_four_frames_and_zeroes_them_after_a_lost_life(monkeypatch):
-    game = [(0, 2)] * 5 + [(0, 1)] + [(0, 1)] * 4 + [(0, 0)] * 3  # played on for two steps with no life left
+    game = (
+        [(0, 2)] * 5 + [(0, 1)] + [(0, 1)] * 4 + [(0, 0)] * 3
+    )  # played on for two steps with no life left
     envs, network = ScriptedEnvs([[game]]), ScriptedNetwork()
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     video = []
@@ -397,7 +427,9 @@ def test_evaluation_explores_with_epsilon(monkeypatch):
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     atari.evaluate(ScriptedNetwork(), "Alien", atari.Args(eval_episodes=20, eval_epsilon=0.3))
     actions = np.concatenate([entry[1] for entry in envs.log if entry[0] == "step"])
-    assert abs((actions != 1).mean() - 0.3 * 2 / 3) < 0.02  # a random action is the greedy one in one of three cases
+    assert (
+        abs((actions != 1).mean() - 0.3 * 2 / 3) < 0.02
+    )  # a random action is the greedy one in one of three cases
     assert set(actions) == {0, 1, 2}
 
 
@@ -416,7 +448,9 @@ def test_evaluation_seeds_are_not_the_runs_own(monkeypatch):
 
 def test_evaluation_on_real_games_equals_playing_them_one_by_one():
     """Side by side in EnvPool, with finished games left alone, against one environment at a time."""
-    args = atari.Args(seed=2, eval_episodes=3, eval_epsilon=0.0, hidden_dim=8, n_atoms=3, device="cpu")
+    args = atari.Args(
+        seed=2, eval_episodes=3, eval_epsilon=0.0, hidden_dim=8, n_atoms=3, device="cpu"
+    )
     torch.manual_seed(0)
     probe = atari.make_envs("Alien", 1, 0)
     network = atari.QNetwork(int(probe.action_space.n), args)

@@ -25,7 +25,14 @@ METHODS = {
 
 def make(device="cpu", **flags):
     """An agent and a filled buffer, the same ones at each call."""
-    sizes = dict(device=device, hidden_dim=16, n_atoms=11, batch_size=4, buffer_size=300, shrink_perturb_alpha=0.6)
+    sizes = dict(
+        device=device,
+        hidden_dim=16,
+        n_atoms=11,
+        batch_size=4,
+        buffer_size=300,
+        shrink_perturb_alpha=0.6,
+    )
     generator = torch.Generator(device).manual_seed(0)
     torch.manual_seed(0)
     if "freeze_backbone" in flags:
@@ -39,7 +46,9 @@ def make(device="cpu", **flags):
     frames = rng.integers(256, size=(401, 84, 84), dtype=np.uint8)
     replay.start(frames[0])
     for frame in frames[1:]:
-        replay.add(int(rng.integers(3)), float(rng.integers(-1, 2)), bool(rng.random() < 0.05), frame)
+        replay.add(
+            int(rng.integers(3)), float(rng.integers(-1, 2)), bool(rng.random() < 0.05), frame
+        )
     return agent, replay
 
 
@@ -48,15 +57,25 @@ def everything(agent, replay):
 
 
 def captured_update(agent, replay):
-    return atari.capture(lambda: agent.update(replay), everything(agent, replay), (agent.generator,))
+    return atari.capture(
+        lambda: agent.update(replay), everything(agent, replay), (agent.generator,)
+    )
 
 
 def captured_act(agent, replay):
-    return atari.capture(lambda: agent.act(replay.newest()), everything(agent, replay), (agent.generator,))
+    return atari.capture(
+        lambda: agent.act(replay.newest()), everything(agent, replay), (agent.generator,)
+    )
 
 
 def pointers(agent, replay):
-    tensors = [*everything(agent, replay), replay.frames, replay.actions, replay.rewards, replay.ends]
+    tensors = [
+        *everything(agent, replay),
+        replay.frames,
+        replay.actions,
+        replay.rewards,
+        replay.ends,
+    ]
     tensors += [replay.newest_slot, replay.gammas, agent.optimizer.found_inf, *agent.sam_backup]
     return [tensor.data_ptr() for tensor in tensors]
 
@@ -76,7 +95,13 @@ def test_everything_stays_where_it_is_through_updates_steps_and_resets(method):
 class NoHostSync(TorchDispatchMode):
     """Fails on the operations that would make the host wait for a GPU."""
 
-    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
+    WAITING = (
+        "aten._local_scalar_dense",
+        "aten.nonzero",
+        "aten.masked_select",
+        "aten.is_nonzero",
+        "aten.equal",
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert not str(func).startswith(self.WAITING), f"{func} waits for the device"
@@ -129,10 +154,14 @@ def test_a_capture_leaves_no_trace(stand_in_cuda, method, updates_before):
         before = [tensor.clone() for tensor in everything(agent, replay)]
         if captured:
             output = atari.capture(
-                lambda agent=agent, replay=replay: agent.update(replay), everything(agent, replay), (agent.generator,)
+                lambda agent=agent, replay=replay: agent.update(replay),
+                everything(agent, replay),
+                (agent.generator,),
             )()
             assert output.shape == (3,)
-        assert all(torch.equal(a, b) for a, b in zip(before, everything(agent, replay), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, everything(agent, replay), strict=True)
+        )
         for _ in range(3):
             agent.update(replay)
         results.append(everything(agent, replay))
@@ -146,12 +175,18 @@ def test_captured_and_eager_updates_give_the_same_numbers(method):
     for captured in (False, True):
         agent, replay = make("cuda", **METHODS[method])
         update = (
-            atari.capture(lambda a=agent, r=replay: a.update(r), everything(agent, replay), (agent.generator,))
+            atari.capture(
+                lambda a=agent, r=replay: a.update(r), everything(agent, replay), (agent.generator,)
+            )
             if captured
             else None
         )
         act = (
-            atari.capture(lambda a=agent, r=replay: a.act(r.newest()), everything(agent, replay), (agent.generator,))
+            atari.capture(
+                lambda a=agent, r=replay: a.act(r.newest()),
+                everything(agent, replay),
+                (agent.generator,),
+            )
             if captured
             else None
         )
@@ -184,12 +219,21 @@ def test_a_captured_update_skips_a_non_finite_gradient():
     agent, replay = make("cuda")
     update = captured_update(agent, replay)
     update()
-    rewards, before = replay.rewards.clone(), [tensor.clone() for tensor in everything(agent, replay)]
+    rewards, before = (
+        replay.rewards.clone(),
+        [tensor.clone() for tensor in everything(agent, replay)],
+    )
     replay.rewards.fill_(torch.nan)
     update()
     assert agent.counts.tolist() == [2, 1, 1, 1]
-    learned = [agent.optimizer.state[w][name] for w in agent.parameters for name in ("step", "exp_avg", "exp_avg_sq")]
-    assert all(bool(tensor.isfinite().all()) for tensor in [*agent.parameters, *learned, replay.priorities])
+    learned = [
+        agent.optimizer.state[w][name]
+        for w in agent.parameters
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    assert all(
+        bool(tensor.isfinite().all()) for tensor in [*agent.parameters, *learned, replay.priorities]
+    )
     pairs = zip(before, everything(agent, replay), strict=True)
     moved = sum(not torch.equal(a, b) for a, b in pairs)
     assert moved == 1 + 2 * 8  # the counts, and the noise of the eight noisy layers

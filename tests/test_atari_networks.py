@@ -28,7 +28,9 @@ def test_pixel_layer_norm_is_over_channels_at_each_pixel():
         for i in range(3):
             for j in range(4):
                 pixel = x[b, :, i, j]
-                expected[b, :, i, j] = (pixel - pixel.mean()) / np.sqrt(pixel.var() + 1e-6) * weight + bias
+                expected[b, :, i, j] = (pixel - pixel.mean()) / np.sqrt(
+                    pixel.var() + 1e-6
+                ) * weight + bias
     for layout in (torch.contiguous_format, torch.channels_last):
         actual = norm(torch.tensor(x).contiguous(memory_format=layout))
         np.testing.assert_allclose(actual.detach().numpy(), expected, atol=1e-5)
@@ -40,7 +42,11 @@ def test_crelu_concatenates_both_signs_along_the_channels():
     assert torch.equal(atari.CReLU()(x), expected)
 
 
-CONVS = (32 * 4 * 64 + 32, 64 * 32 * 16 + 64, 64 * 64 * 9 + 64)  # weights and biases, counted by hand
+CONVS = (
+    32 * 4 * 64 + 32,
+    64 * 32 * 16 + 64,
+    64 * 64 * 9 + 64,
+)  # weights and biases, counted by hand
 
 
 def noisy(fan_in, fan_out):
@@ -56,11 +62,20 @@ def noisy(fan_in, fan_out):
         ),
         (
             dict(layer_norm=True, crelu=False),
-            sum(CONVS) + 2 * (32 + 64 + 64) + 2 * noisy(3136, 512) + noisy(512, 51) + noisy(512, 306),
+            sum(CONVS)
+            + 2 * (32 + 64 + 64)
+            + 2 * noisy(3136, 512)
+            + noisy(512, 51)
+            + noisy(512, 306),
         ),
         (
             dict(layer_norm=True, layer_norm_scope="all", crelu=False),
-            sum(CONVS) + 2 * (32 + 64 + 64) + 2 * 2 * 512 + 2 * noisy(3136, 512) + noisy(512, 51) + noisy(512, 306),
+            sum(CONVS)
+            + 2 * (32 + 64 + 64)
+            + 2 * 2 * 512
+            + 2 * noisy(3136, 512)
+            + noisy(512, 51)
+            + noisy(512, 306),
         ),
         (
             dict(layer_norm=False, crelu=True),
@@ -90,7 +105,10 @@ def test_parameter_counts_are_the_papers():
 def test_layer_norm_stands_between_convolution_and_activation():
     names = [type(m).__name__ for m in atari.make_backbone(make_args())]
     assert names == ["Conv2d", "PixelLayerNorm", "ReLU"] * 3 + ["Flatten"]
-    names = [type(m).__name__ for m in atari.make_backbone(make_args(layer_norm=False, crelu_scope="all"))]
+    names = [
+        type(m).__name__
+        for m in atari.make_backbone(make_args(layer_norm=False, crelu_scope="all"))
+    ]
     assert names == ["Conv2d", "CReLU"] * 3 + ["Flatten"]
 
 
@@ -107,7 +125,9 @@ def test_noisy_layer_equals_the_factorised_form():
         for i in range(3):
             mean = w["weight_mu"][i] @ x[b] + w["bias_mu"][i]
             noise = w["weight_sigma"][i] @ (x[b] * w["noise_in"]) + w["bias_sigma"][i]
-            assert layer(torch.tensor(x))[b, i].item() == pytest.approx(mean + noise * w["noise_out"][i], abs=1e-5)
+            assert layer(torch.tensor(x))[b, i].item() == pytest.approx(
+                mean + noise * w["noise_out"][i], abs=1e-5
+            )
             assert layer(torch.tensor(x), noisy=False)[b, i].item() == pytest.approx(mean, abs=1e-5)
 
 
@@ -156,10 +176,14 @@ def test_backbone_gradient_is_scaled_and_nothing_else():
     without = torch.autograd.grad((plain * projection).sum(), list(network.parameters()))
     num_backbone = len(list(network.backbone.parameters()))
     for i, (a, b) in enumerate(zip(with_scale, without, strict=True)):
-        torch.testing.assert_close(a, b / math.sqrt(2) if i < num_backbone else b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            a, b / math.sqrt(2) if i < num_backbone else b, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_q_values_are_means():
     network = atari.QNetwork(2, make_args(n_atoms=3, v_min=-1.0, v_max=2.0, hidden_dim=4))
     log_probs = torch.tensor([[0.2, 0.3, 0.5]]).log()
-    torch.testing.assert_close(network.q_values(log_probs), torch.tensor([-1 * 0.2 + 0.5 * 0.3 + 2 * 0.5]))
+    torch.testing.assert_close(
+        network.q_values(log_probs), torch.tensor([-1 * 0.2 + 0.5 * 0.3 + 2 * 0.5])
+    )

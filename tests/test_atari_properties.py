@@ -17,7 +17,9 @@ def picture(value):
 
 # What happens in one interaction: the sign of the reward, and whether a life ends, or the process is cut off after it.
 EVENTS = st.lists(
-    st.tuples(st.sampled_from([-1.0, 0.0, 1.0]), st.sampled_from(["", "", "", "end", "cut"])), min_size=1, max_size=60
+    st.tuples(st.sampled_from([-1.0, 0.0, 1.0]), st.sampled_from(["", "", "", "end", "cut"])),
+    min_size=1,
+    max_size=60,
 )
 
 
@@ -53,9 +55,18 @@ def test_replay_against_a_list_of_all_transitions(events, n, capacity, gamma):
                 window = rewards[t : t + n]
                 alive = t + n <= len(rewards) - ended
                 stack = [frames[i] if i >= 0 else 0 for i in range(t - 3, t + 1)]
-                next_stack = [frames[i] if i >= 0 else 0 for i in range(t + n - 3, t + n + 1)] if alive else None
+                next_stack = (
+                    [frames[i] if i >= 0 else 0 for i in range(t + n - 3, t + n + 1)]
+                    if alive
+                    else None
+                )
                 n_step_return = sum(gamma**k * r for k, r in enumerate(window))
-                expected[(first + t) % replay.slots] = (n_step_return, gamma**n * alive, stack, next_stack)
+                expected[(first + t) % replay.slots] = (
+                    n_step_return,
+                    gamma**n * alive,
+                    stack,
+                    next_stack,
+                )
     assert set(replay.priorities.nonzero().flatten().tolist()) == set(expected)
     assert 0 <= replay.cursor == cursor % replay.slots == replay.newest_slot.item()
     if expected:
@@ -70,7 +81,9 @@ def test_replay_against_a_list_of_all_transitions(events, n, capacity, gamma):
 
 @LIMITS
 @given(
-    st.lists(st.one_of(st.just(0.0), st.floats(2.0**-26, 1e4, width=32)), min_size=1, max_size=40).filter(any),
+    st.lists(
+        st.one_of(st.just(0.0), st.floats(2.0**-26, 1e4, width=32)), min_size=1, max_size=40
+    ).filter(any),
     st.integers(1, 64),
     st.floats(0, 1),
     st.integers(0, 2**31),
@@ -79,7 +92,9 @@ def test_prioritised_sampling_gives_each_transition_its_share(priorities, batch_
     """Stratified: each is drawn as often as its share says, but for one at either border. Weights by their formula."""
     replay = atari.ReplayBuffer(len(priorities), 1, 0.9, CPU)
     replay.priorities[: len(priorities)] = torch.tensor(priorities)
-    batch, weights = replay.sample(batch_size, torch.tensor(beta), torch.Generator().manual_seed(seed))
+    batch, weights = replay.sample(
+        batch_size, torch.tensor(beta), torch.Generator().manual_seed(seed)
+    )
     counts = np.bincount(batch.index.numpy(), minlength=len(priorities))[: len(priorities)]
     share = np.array(priorities, dtype=np.float64) / np.sum(priorities)
     assert counts.sum() == batch_size
@@ -91,8 +106,14 @@ def test_prioritised_sampling_gives_each_transition_its_share(priorities, batch_
 
 
 @LIMITS
-@given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=8), st.integers(2, 60), st.integers(0, 2**31))
-def test_projection_is_a_distribution_with_the_right_mean_and_that_of_a_loop(returns, num_atoms, seed):
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=8),
+    st.integers(2, 60),
+    st.integers(0, 2**31),
+)
+def test_projection_is_a_distribution_with_the_right_mean_and_that_of_a_loop(
+    returns, num_atoms, seed
+):
     rng = np.random.default_rng(seed)
     support = torch.linspace(-10, 10, num_atoms)
     probs = rng.dirichlet(np.full(num_atoms, 0.3), size=len(returns))
@@ -121,7 +142,9 @@ def test_projection_is_a_distribution_with_the_right_mean_and_that_of_a_loop(ret
 
 @LIMITS
 @given(st.lists(st.floats(2.0**-26, 1e6, width=32), min_size=1, max_size=20), st.integers(0, 2**31))
-def test_updated_priorities_are_those_given_and_new_transitions_get_the_largest_ever(priorities, seed):
+def test_updated_priorities_are_those_given_and_new_transitions_get_the_largest_ever(
+    priorities, seed
+):
     replay = atari.ReplayBuffer(50, 1, 0.9, CPU)
     replay.start(picture(0))
     for _ in range(30):

@@ -42,7 +42,13 @@ def slow_transition(stream, t, n_step, gamma):
         total += gamma**k * rewards[t + k]
         if ends[t + k]:
             return slow_stack(frames, ends, t), actions[t], total, 0.0, None
-    return slow_stack(frames, ends, t), actions[t], total, gamma**n_step, slow_stack(frames, ends, t + n_step)
+    return (
+        slow_stack(frames, ends, t),
+        actions[t],
+        total,
+        gamma**n_step,
+        slow_stack(frames, ends, t + n_step),
+    )
 
 
 @pytest.mark.parametrize("n_step", [1, 3, 10])
@@ -75,7 +81,9 @@ def test_transitions_equal_a_brute_force_simulation(n_step, num_steps):
 def test_the_whole_run_fits_and_the_oldest_leaves_first():
     replay = atari.ReplayBuffer(30, 3, 0.99, CPU)
     fill(replay, 30, seed=0, end_probability=0.0)
-    assert (replay.priorities > 0).sum() == 28  # all but the two whose next observation is still to come
+    assert (
+        replay.priorities > 0
+    ).sum() == 28  # all but the two whose next observation is still to come
     replay.add(0, 0.0, False, np.zeros((84, 84), np.uint8))
     assert replay.priorities[0] == 0
     assert replay.priorities[1] > 0
@@ -100,7 +108,9 @@ def test_sampling_frequencies_are_the_priorities():
     priorities = torch.rand(len(index), generator=torch.Generator().manual_seed(0)) ** 2 + 0.01
     replay.update_priorities(index, priorities)
     generator = torch.Generator().manual_seed(2)
-    draws = torch.cat([replay.sample(8, torch.tensor(1.0), generator)[0].index for _ in range(4000)])
+    draws = torch.cat(
+        [replay.sample(8, torch.tensor(1.0), generator)[0].index for _ in range(4000)]
+    )
     observed = torch.bincount(draws, minlength=replay.slots)
     assert observed.sum() == observed[index].sum()  # never a slot without priority
     expected = priorities.double() / priorities.double().sum() * len(draws)
@@ -122,9 +132,13 @@ def test_extreme_draws_stay_on_sampleable_slots(draw, monkeypatch):
     replay = atari.ReplayBuffer(1000, 5, 0.99, CPU)
     fill(replay, 300, seed=3)
     index = torch.nonzero(replay.priorities).flatten()
-    replay.update_priorities(index, torch.rand(len(index), generator=torch.Generator().manual_seed(0)))
+    replay.update_priorities(
+        index, torch.rand(len(index), generator=torch.Generator().manual_seed(0))
+    )
     replay.priorities[:3] = 0  # as after a wrap-around: a draw of 0 must not land on them
-    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.full((size,), draw, dtype=torch.float32))
+    monkeypatch.setattr(
+        torch, "rand", lambda size, **_: torch.full((size,), draw, dtype=torch.float32)
+    )
     batch, weights = replay.sample(32, torch.tensor(0.4), torch.Generator())
     assert torch.all(replay.priorities[batch.index] > 0)
     assert torch.all(weights.isfinite())
@@ -163,11 +177,15 @@ def test_uniform_sampling_ignores_priorities_and_reaches_every_transition():
     observed = torch.bincount(draws, minlength=replay.slots)
     assert set(torch.nonzero(observed).flatten().tolist()) == set(index.tolist())
     expected = len(draws) / len(index)
-    assert float(((observed[index] - expected) ** 2 / expected).sum()) < 90  # 47 degrees of freedom, 99.98%
+    assert (
+        float(((observed[index] - expected) ** 2 / expected).sum()) < 90
+    )  # 47 degrees of freedom, 99.98%
 
 
 def test_shift_equals_padding_and_cropping():
-    obs = torch.randint(0, 256, (64, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    obs = torch.randint(
+        0, 256, (64, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     images = atari.augment(obs, 4, 0.0, torch.Generator().manual_seed(1))
     padded = np.pad(obs.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="edge")
     found = set()
@@ -187,7 +205,9 @@ def test_intensity_is_one_clipped_gaussian_factor_per_sample():
     assert torch.all(factors == factors[:, :1, :1, :1])
     z = (factors[:, 0, 0, 0] - 1) / 0.05
     assert z.abs().max() < 2 + 1e-4
-    assert abs((z.abs() > 1.9999).float().mean() - 0.0455) < 0.012  # the mass beyond two sigma, clipped
+    assert (
+        abs((z.abs() > 1.9999).float().mean() - 0.0455) < 0.012
+    )  # the mass beyond two sigma, clipped
     assert abs((z.abs() < 1).float().mean() - 0.6827) < 0.025
 
 

@@ -15,7 +15,9 @@ BATCH = 4
 
 
 def make_agent(seed=0, num_updates=100, num_actions=3, **flags):
-    flags = dict(hidden_dim=16, n_atoms=11, batch_size=BATCH, aug_shift=0, aug_intensity=0.0) | flags
+    flags = (
+        dict(hidden_dim=16, n_atoms=11, batch_size=BATCH, aug_shift=0, aug_intensity=0.0) | flags
+    )
     args = atari.resolve(atari.Args(device="cpu", **flags))
     torch.manual_seed(seed)
     agent = atari.Agent(num_actions, num_updates, args, torch.Generator().manual_seed(seed))
@@ -30,14 +32,14 @@ class FixedReplay:
 
     def __init__(self, seed=0, weights=None, num_actions=3):
         rng = np.random.default_rng(seed)
-        draw = lambda: torch.from_numpy(rng.integers(0, 256, size=(BATCH, 4, 84, 84), dtype=np.uint8))  # noqa: E731
+        obs, next_obs = rng.integers(0, 256, size=(2, BATCH, 4, 84, 84), dtype=np.uint8)
         self.batch = atari.Batch(
             index=torch.arange(BATCH),
-            obs=draw(),
+            obs=torch.from_numpy(obs),
             action=torch.from_numpy(rng.integers(num_actions, size=BATCH)),
             n_step_return=torch.from_numpy(rng.normal(size=BATCH).astype(np.float32)),
             discount=torch.tensor([0.9, 0.0, 0.9, 0.9]),
-            next_obs=draw(),
+            next_obs=torch.from_numpy(next_obs),
         )
         self.weights = torch.tensor([1.0, 0.5, 0.25, 0.8]) if weights is None else weights
         self.priorities = torch.full((BATCH,), 7.0)
@@ -95,7 +97,10 @@ def slow_forward(w, images, args, num_actions, noise):
         if args.layer_norm and args.layer_norm_scope == "all":
             x = slow_layer_norm(x, w[f"head.{stream}.norm.weight"], w[f"head.{stream}.norm.bias"])
         streams[stream] = noisy_linear(act(x, args.crelu), f"head.{stream}.output")
-    value, advantage = streams["value"][:, None], streams["advantage"].reshape(-1, num_actions, args.n_atoms)
+    value, advantage = (
+        streams["value"][:, None],
+        streams["advantage"].reshape(-1, num_actions, args.n_atoms),
+    )
     return F.log_softmax(value + advantage - advantage.mean(1, keepdim=True), -1)
 
 
@@ -106,7 +111,9 @@ def slow_project(probs, n_step_return, discount, support):
     out = np.zeros((len(probs), num_atoms))
     for i in range(len(probs)):
         for j in range(num_atoms):
-            z = min(max(float(n_step_return[i]) + float(discount[i]) * float(support[j]), v_min), v_max)
+            z = min(
+                max(float(n_step_return[i]) + float(discount[i]) * float(support[j]), v_min), v_max
+            )
             b = (z - v_min) / delta
             low, high = math.floor(b + 1e-9), math.ceil(b - 1e-9)
             if low == high:
@@ -137,7 +144,9 @@ def slow_update(agent, replay, num_actions=3):
     with torch.no_grad():
         q = slow_forward(w, next_images, args, num_actions, noise).exp() @ support
         best = q.argmax(1)
-        next_probs = slow_forward(w_target, next_images, args, num_actions, target_noise)[range(BATCH), best].exp()
+        next_probs = slow_forward(w_target, next_images, args, num_actions, target_noise)[
+            range(BATCH), best
+        ].exp()
     td_target = torch.tensor(slow_project(next_probs, batch.n_step_return, batch.discount, support))
 
     def cross_entropy(w, noise):
@@ -147,7 +156,10 @@ def slow_update(agent, replay, num_actions=3):
     def gradient(w, noise):
         loss = (replay.weights.double() * cross_entropy(w, noise)).sum() / BATCH
         grads = torch.autograd.grad(loss, list(w.values()), allow_unused=True)
-        return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(w.items(), grads, strict=True)}
+        return {
+            k: torch.zeros_like(v) if g is None else g
+            for (k, v), g in zip(w.items(), grads, strict=True)
+        }
 
     first_noise = None if args.sam_rho > 0 and args.sam_noise == "none" else noise
     priorities = cross_entropy(w, first_noise).detach() ** args.per_alpha
@@ -156,7 +168,9 @@ def slow_update(agent, replay, num_actions=3):
         second_noise = draw_noise(agent.online) if args.sam_noise == "independent" else noise
         inside = [k for k in w if args.sam_scope == "all" or k.startswith(args.sam_scope)]
         norm = math.sqrt(sum(float((g[k] ** 2).sum()) for k in inside))
-        perturbed = {k: v.detach() + (args.sam_rho * g[k] / norm if k in inside else 0) for k, v in w.items()}
+        perturbed = {
+            k: v.detach() + (args.sam_rho * g[k] / norm if k in inside else 0) for k, v in w.items()
+        }
         g = gradient({k: v.requires_grad_() for k, v in perturbed.items()}, second_noise)
     norm = math.sqrt(sum(float((v**2).sum()) for v in g.values()))
     g = {k: v * min(1.0, args.max_grad_norm / norm) for k, v in g.items()}
@@ -189,7 +203,9 @@ def test_update_equals_a_slow_reference(flags):
     g, new, new_target, priorities = slow_update(agent, replay)
     agent.update(replay)
     for name, w in agent.online.named_parameters():
-        torch.testing.assert_close(w.grad.double(), g[name], rtol=2e-3, atol=2e-5 * float(g[name].abs().max() + 1e-3))
+        torch.testing.assert_close(
+            w.grad.double(), g[name], rtol=2e-3, atol=2e-5 * float(g[name].abs().max() + 1e-3)
+        )
         torch.testing.assert_close(w.detach().double(), new[name], rtol=0, atol=2e-6)
     for name, w in agent.target.named_parameters():
         torch.testing.assert_close(w.double(), new_target[name], rtol=0, atol=1e-6)
@@ -213,11 +229,17 @@ def test_projection_equals_the_double_loop():
     rng = np.random.default_rng(0)
     support = torch.linspace(-10, 10, 51)
     probs = torch.tensor(rng.dirichlet(np.ones(51), size=40), dtype=torch.float32)
-    n_step_return = torch.tensor(rng.normal(scale=6, size=40), dtype=torch.float32)  # some beyond the support
+    n_step_return = torch.tensor(
+        rng.normal(scale=6, size=40), dtype=torch.float32
+    )  # some beyond the support
     discount = torch.tensor(rng.choice([0.0, 0.5, 0.9**10, 1.0], size=40), dtype=torch.float32)
-    n_step_return[:3] = torch.tensor([0.0, 0.4, -20.0])  # on a point, one point further, all mass at the end
+    n_step_return[:3] = torch.tensor(
+        [0.0, 0.4, -20.0]
+    )  # on a point, one point further, all mass at the end
     expected = slow_project(probs, n_step_return, discount, support)
-    np.testing.assert_allclose(atari.project(probs, n_step_return, discount, support), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        atari.project(probs, n_step_return, discount, support), expected, atol=2e-5
+    )
 
 
 def test_projection_conserves_mass_and_the_mean_inside_the_support():
@@ -229,7 +251,9 @@ def test_projection_conserves_mass_and_the_mean_inside_the_support():
     projected = atari.project(probs, n_step_return, discount, support)
     assert torch.all(projected >= 0)
     torch.testing.assert_close(projected.sum(1), torch.ones(100), atol=1e-5, rtol=0)
-    torch.testing.assert_close(projected @ support, n_step_return + 0.8 * (probs @ support), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        projected @ support, n_step_return + 0.8 * (probs @ support), atol=1e-4, rtol=0
+    )
 
 
 class Quadratic(nn.Module):
@@ -251,7 +275,9 @@ class Quadratic(nn.Module):
         return torch.cat([w.grad.flatten() for w in self.parameters()])
 
 
-@pytest.mark.parametrize("scope, inside", [("all", range(5)), ("backbone", range(3)), ("head", range(3, 5))])
+@pytest.mark.parametrize(
+    "scope, inside", [("all", range(5)), ("backbone", range(3)), ("head", range(3, 5))]
+)
 def test_sam_on_a_quadratic(scope, inside):
     torch.manual_seed(0)
     model = Quadratic()
@@ -261,10 +287,14 @@ def test_sam_on_a_quadratic(scope, inside):
     g = model.backward()
     atari.sam_perturb(parameters, backup, rho=0.3)
     step = torch.zeros(5)
-    step[list(inside)] = g[list(inside)] / g[list(inside)].norm() * 0.3  # the norm over the scope alone
+    step[list(inside)] = (
+        g[list(inside)] / g[list(inside)].norm() * 0.3
+    )  # the norm over the scope alone
     torch.testing.assert_close(model.weights().detach(), w0 + step)
     assert abs(float((model.weights().detach() - w0).norm()) - 0.3) < 1e-5
-    torch.testing.assert_close(model.backward(), model.a @ (w0 + step))  # closed form of the second gradient
+    torch.testing.assert_close(
+        model.backward(), model.a @ (w0 + step)
+    )  # closed form of the second gradient
     atari.sam_restore(parameters, backup)
     assert torch.equal(model.weights(), w0)
 
@@ -299,7 +329,10 @@ def test_every_update_draws_new_noise_for_both_networks():
     seen = []
     for _ in range(3):
         agent.update(replay)
-        seen += [agent.online.head.value.hidden.noise_in.clone(), agent.target.head.value.hidden.noise_in.clone()]
+        seen += [
+            agent.online.head.value.hidden.noise_in.clone(),
+            agent.target.head.value.hidden.noise_in.clone(),
+        ]
     assert len({tuple(noise.tolist()) for noise in seen}) == 6
 
 
@@ -319,7 +352,10 @@ def adam_tensors(agent):
 
 
 def storage(agent):
-    return [t.data_ptr() for t in [*agent.online.parameters(), *agent.target.parameters(), *adam_tensors(agent)]]
+    return [
+        t.data_ptr()
+        for t in [*agent.online.parameters(), *agent.target.parameters(), *adam_tensors(agent)]
+    ]
 
 
 def test_reset_renews_the_head_alone_the_same_in_both_networks_in_place():
@@ -349,7 +385,9 @@ def test_two_resets_draw_different_heads():
     agent.reset()
     first = state(agent)
     agent.reset()
-    assert not torch.equal(first["online.head.value.hidden.weight_mu"], agent.online.head.value.hidden.weight_mu)
+    assert not torch.equal(
+        first["online.head.value.hidden.weight_mu"], agent.online.head.value.hidden.weight_mu
+    )
 
 
 def test_shrink_and_perturb_arithmetic():
@@ -368,11 +406,15 @@ def test_shrink_and_perturb_arithmetic():
             assert torch.equal(before[twin], after[twin])
             continue
         phi = (after[name] - 0.6 * before[name]) / 0.4
-        torch.testing.assert_close(phi, (after[twin] - 0.6 * before[twin]) / 0.4, rtol=0, atol=1e-5)  # the same phi
+        torch.testing.assert_close(
+            phi, (after[twin] - 0.6 * before[twin]) / 0.4, rtol=0, atol=1e-5
+        )  # the same phi
         layer, kind = name.split(".")[2:]
         module = agent.online.backbone[int(layer)]
         if isinstance(module, atari.PixelLayerNorm):
-            torch.testing.assert_close(phi, torch.full_like(phi, kind == "weight"), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                phi, torch.full_like(phi, kind == "weight"), rtol=0, atol=1e-5
+            )
         else:
             bound = 1 / math.sqrt(module.weight[0].numel())  # of PyTorch's own initialiser
             assert phi.abs().max() <= bound + 1e-5
@@ -399,7 +441,10 @@ def test_a_reset_shrinks_and_perturbs_only_below_alpha_one():
         agent = make_agent(shrink_perturb_alpha=alpha)
         before = state(agent)
         agent.reset()
-        assert torch.equal(before["online.backbone.0.weight"], agent.online.backbone[0].weight) is not moves
+        assert (
+            torch.equal(before["online.backbone.0.weight"], agent.online.backbone[0].weight)
+            is not moves
+        )
 
 
 # --- Non-finite gradients ---------------------------------------------------------------------------------------------
@@ -446,11 +491,15 @@ def test_max_eigenvalue_equals_the_dense_hessians(seed):
 
     expected = float(torch.linalg.eigvalsh(dense_hessian(loss_of, w))[-1])
     parameter = nn.Parameter(w)
-    actual = atari.max_eigenvalue(loss_of(parameter), [parameter], torch.Generator().manual_seed(seed))
+    actual = atari.max_eigenvalue(
+        loss_of(parameter), [parameter], torch.Generator().manual_seed(seed)
+    )
     assert actual == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("eigenvalues", [[-50.0, -3.0, 2.0], [-5.0, -3.0, -1.0], [4.0, 4.0, 4.0], [1e-3, 7.0, 6.9]])
+@pytest.mark.parametrize(
+    "eigenvalues", [[-50.0, -3.0, 2.0], [-5.0, -3.0, -1.0], [4.0, 4.0, 4.0], [1e-3, 7.0, 6.9]]
+)
 def test_max_eigenvalue_is_algebraic_not_by_magnitude(eigenvalues):
     basis = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))).Q
     a = basis @ torch.diag(torch.tensor(eigenvalues)) @ basis.T
@@ -468,7 +517,9 @@ def test_metrics_are_of_the_unscaled_noiseless_training_loss():
     replay.start(rng.integers(256, size=(84, 84), dtype=np.uint8))
     for _ in range(600):
         frame = rng.integers(256, size=(84, 84), dtype=np.uint8)
-        replay.add(int(rng.integers(3)), float(rng.integers(-1, 2)), bool(rng.random() < 0.1), frame)
+        replay.add(
+            int(rng.integers(3)), float(rng.integers(-1, 2)), bool(rng.random() < 0.1), frame
+        )
     seen = {}
     original = atari.max_eigenvalue
 
@@ -489,12 +540,18 @@ def test_metrics_are_of_the_unscaled_noiseless_training_loss():
     support = agent.online.support.double()
     next_images = batch.next_obs.double() / 255
     best = (slow_forward(w, next_images, agent.args, 3, None).exp() @ support).argmax(1)
-    next_probs = slow_forward(w_target, next_images, agent.args, 3, None)[range(32), best].exp().detach()
+    next_probs = (
+        slow_forward(w_target, next_images, agent.args, 3, None)[range(32), best].exp().detach()
+    )
     td_target = torch.tensor(slow_project(next_probs, batch.n_step_return, batch.discount, support))
-    log_probs = slow_forward(w, batch.obs.double() / 255, agent.args, 3, None)[range(32), batch.action]
+    log_probs = slow_forward(w, batch.obs.double() / 255, agent.args, 3, None)[
+        range(32), batch.action
+    ]
     loss = -(td_target * log_probs).sum() / 32
     assert float(seen["loss"].detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
-    gradient = torch.autograd.grad(loss, w["backbone.0.weight"])[0] * math.sqrt(2)  # slow_forward scales; undone
+    gradient = torch.autograd.grad(loss, w["backbone.0.weight"])[0] * math.sqrt(
+        2
+    )  # slow_forward scales; undone
     actual = torch.autograd.grad(seen["loss"], agent.online.backbone[0].weight)[0]
     torch.testing.assert_close(actual.double(), gradient, rtol=1e-2, atol=1e-5)
     assert metrics["hessian_max_eigenvalue"] > 0
@@ -564,7 +621,9 @@ def test_defaults_are_the_papers_table_5():
 
 def test_random_and_human_returns_are_the_papers():
     assert len(atari.RANDOM_HUMAN) == 26
-    assert atari.human_normalized_score("Alien", 1032.0) == pytest.approx((1032.0 - 227.8) / (7127.7 - 227.8))
+    assert atari.human_normalized_score("Alien", 1032.0) == pytest.approx(
+        (1032.0 - 227.8) / (7127.7 - 227.8)
+    )
     # The mean over PLASTIC's column of Table 7 is the table's last but one line, 0.933.
     plastic = """1032.0 201.6 888.5 1066.0 161.2 2099.0 44.5 21.0 891.2 31223.8 2117.8 27.1 1802.3 839.4 7007.2 461.1
     1636.1 5019.5 16105.0 1245.6 -17.7 100.0 3986.3 15073.8 635.9 66473.0"""

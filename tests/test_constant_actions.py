@@ -13,7 +13,14 @@ import report
 
 
 def test_the_best_action_is_written_where_reports_find_it(tmp_path, monkeypatch, capsys):
-    paid = {0: [3.0, 1.0], 1: [0.0, 9.0], 2: [4.0, 4.0], 3: [-1.0, 2.0], 4: [0.0, 0.0], 5: [1.0, 1.0]}  # Pong has six
+    paid = {
+        0: [3.0, 1.0],
+        1: [0.0, 9.0],
+        2: [4.0, 4.0],
+        3: [-1.0, 2.0],
+        4: [0.0, 0.0],
+        5: [1.0, 1.0],
+    }  # Pong has six
 
     def evaluate(network, env_id, args):
         """Return what a game pays, by the action that the network holds."""
@@ -24,11 +31,17 @@ def test_the_best_action_is_written_where_reports_find_it(tmp_path, monkeypatch,
         return paid[action]
 
     monkeypatch.setattr(constant_actions.script, "evaluate", evaluate)
-    args = constant_actions.Args(env_id="Pong", seed=7, eval_episodes=2, eval_epsilon=0.25, run_dir=tmp_path)
+    args = constant_actions.Args(
+        env_id="Pong", seed=7, eval_episodes=2, eval_epsilon=0.25, run_dir=tmp_path
+    )
     constant_actions.main(args)
     path = tmp_path / "Pong__constant__7" / "result.json"
     result = json.loads(path.read_text())
-    assert (result["args"]["action"], result["mean_return"], result["episode_returns"]) == (1, 4.5, [0.0, 9.0])
+    assert (result["args"]["action"], result["mean_return"], result["episode_returns"]) == (
+        1,
+        4.5,
+        [0.0, 9.0],
+    )
     assert result["episode_returns_by_action"] == list(paid.values())
     (run,) = report.read_runs([tmp_path])
     assert report.REFERENCES[run["exp_name"]](run["args"])
@@ -43,13 +56,16 @@ def test_the_best_action_is_written_where_reports_find_it(tmp_path, monkeypatch,
 def test_one_action_plays_whole_games(tmp_path, capsys):
     """Pong's opponent wins 21 to 0 against a paddle that does nothing."""
     args = constant_actions.Args(env_id="Pong", eval_episodes=1)
-    settings = constant_actions.script.resolve(constant_actions.script.Args(env_id="Pong", eval_episodes=1))
+    settings = constant_actions.script.resolve(
+        constant_actions.script.Args(env_id="Pong", eval_episodes=1)
+    )
     still = constant_actions.ConstantAction(0, 6)
     assert constant_actions.script.evaluate(still, args.env_id, settings) == [-21.0]
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"), [({"env_id": "Pang"}, "closest"), ({"eval_episodes": 0}, "--eval-episodes must be from 1")]
+    ("flags", "words"),
+    [({"env_id": "Pang"}, "closest"), ({"eval_episodes": 0}, "--eval-episodes must be from 1")],
 )
 def test_bad_flags_get_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as exit_info:

@@ -18,7 +18,14 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 import plastic_drq_sac_dmc as dmc
 
 BASE = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
-SMALL = dict(image_size=16, batch_size=8, total_timesteps=400, learning_starts=20, render_quality="fast", device="cpu")
+SMALL = dict(
+    image_size=16,
+    batch_size=8,
+    total_timesteps=400,
+    learning_starts=20,
+    render_quality="fast",
+    device="cpu",
+)
 
 
 def make_args(**flags):
@@ -59,7 +66,9 @@ class FakeSuite:
     def step(self, action):
         self.count += 1
         self.actions.append(action)
-        return SimpleNamespace(reward=float(self.count), discount=self.discount, last=lambda: self.count == 5)
+        return SimpleNamespace(
+            reward=float(self.count), discount=self.discount, last=lambda: self.count == 5
+        )
 
 
 @pytest.mark.parametrize("discount, terminated", [(1.0, False), (0.0, True)])
@@ -108,7 +117,9 @@ def test_gray_weights_and_cameras(monkeypatch):
     env = dmc.DMControl(make_args(grayscale=False))
     env.env = SimpleNamespace(physics=physics)
     assert np.array_equal(env.render(), rgb.transpose(2, 0, 1))
-    frame, _ = dmc.DMControl(make_args(grayscale=False)).reset()  # a real one: its rows run backwards in memory
+    frame, _ = dmc.DMControl(
+        make_args(grayscale=False)
+    ).reset()  # a real one: its rows run backwards in memory
     assert torch.from_numpy(frame).shape == (3, 16, 16)
 
 
@@ -160,7 +171,11 @@ def test_any_image_size_fits_the_networks(size):
     args = make_args(image_size=size, frame_stack=2, crelu_scope="all")
     critic = dmc.Critic(1, args)
     features = critic.backbone(torch.zeros(1, 2, size, size))
-    assert features.shape == (1, dmc.num_features(args)) == (1, 2 * 256 * {16: 1, 17: 4, 31: 4, 33: 9, 84: 36}[size])
+    assert (
+        features.shape
+        == (1, dmc.num_features(args))
+        == (1, 2 * 256 * {16: 1, 17: 4, 31: 4, 33: 9, 84: 36}[size])
+    )
     assert critic.head(features, torch.zeros(1, 1)).shape == (1, 2)
 
 
@@ -168,10 +183,18 @@ def test_initial_weights():
     torch.manual_seed(0)
     args = make_args(image_size=64, hidden_dim=64)
     critic, actor = dmc.Critic(3, args), dmc.Actor(3, args)
-    for layer in (critic.backbone[0], critic.backbone[3], critic.head.q_functions[1][1], actor.mean, actor.hidden[2]):
+    for layer in (
+        critic.backbone[0],
+        critic.backbone[3],
+        critic.head.q_functions[1][1],
+        actor.mean,
+        actor.hidden[2],
+    ):
         w = layer.weight.flatten(1).double()
         gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
-        torch.testing.assert_close(gram, 2 * torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            gram, 2 * torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-5
+        )
         assert not layer.bias.any()
     w = actor.log_std.weight.double()
     torch.testing.assert_close(w @ w.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-5)
@@ -196,7 +219,9 @@ def test_log_density_is_that_of_torch_distributions():
     action, log_prob = actor.sample(features, noise)
     mean, log_std = actor(features)
     squashed = TransformedDistribution(Normal(mean, log_std.exp()), [TanhTransform(cache_size=1)])
-    torch.testing.assert_close(log_prob, Independent(squashed, 1).log_prob(action), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        log_prob, Independent(squashed, 1).log_prob(action), rtol=1e-6, atol=1e-6
+    )
     torch.testing.assert_close(action, torch.tanh(mean + log_std.exp() * noise))
 
 
@@ -228,18 +253,32 @@ def test_replay_against_a_list_of_episodes(capacity, num_episodes, frame_stack):
             action, terminated = float(len(happened)), step == length - 1 and rng.random() < 0.5
             frames.append(number)
             replay.add(
-                np.array([action], np.float32), 2 * action, terminated, np.full((1, 2, 2), number % 256, np.uint8)
+                np.array([action], np.float32),
+                2 * action,
+                terminated,
+                np.full((1, 2, 2), number % 256, np.uint8),
             )
             number += 1
-            stack = [frames[max(i, 0)] % 256 for i in range(len(frames) - 1 - frame_stack, len(frames) - 1)]
-            next_stack = [frames[max(i, 0)] % 256 for i in range(len(frames) - frame_stack, len(frames))]
+            stack = [
+                frames[max(i, 0)] % 256
+                for i in range(len(frames) - 1 - frame_stack, len(frames) - 1)
+            ]
+            next_stack = [
+                frames[max(i, 0)] % 256 for i in range(len(frames) - frame_stack, len(frames))
+            ]
             happened.append((stack, action, 2 * action, float(terminated), next_stack))
             assert replay.newest()[0, :, 0, 0].tolist() == next_stack
     batch = replay.sample(20_000, torch.Generator().manual_seed(0))
     sampled = {}
     for obs, action, reward, terminated, next_obs in zip(*batch, strict=True):
         key = int(action)
-        row = (obs[:, 0, 0].tolist(), float(action), float(reward), float(terminated), next_obs[:, 0, 0].tolist())
+        row = (
+            obs[:, 0, 0].tolist(),
+            float(action),
+            float(reward),
+            float(terminated),
+            next_obs[:, 0, 0].tolist(),
+        )
         assert row == happened[key]
         sampled[key] = sampled.get(key, 0) + 1
     assert len(sampled) == int(replay.valid.sum())
@@ -285,13 +324,17 @@ def test_td_target_by_hand():
 
 def test_td_error_by_hand():
     q_values = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-    assert dmc.td_error(q_values, torch.tensor([2.0, 3.0])).item() == pytest.approx(((1 + 0) + (0 + 4)) / 2)
+    assert dmc.td_error(q_values, torch.tensor([2.0, 3.0])).item() == pytest.approx(
+        ((1 + 0) + (0 + 4)) / 2
+    )
 
 
 def slow_update(agent, batch, images, next_images, next_noise, noise):
     """Algorithm 2 as the spec orders it, in plain PyTorch on deep copies: critic, target, actor, temperature."""
     args = agent.args
-    online, target, actor = (copy.deepcopy(network) for network in (agent.online, agent.target, agent.actor))
+    online, target, actor = (
+        copy.deepcopy(network) for network in (agent.online, agent.target, agent.actor)
+    )
     log_alpha = copy.deepcopy(agent.log_alpha)
     rho = args.sam_rho
     perturbed = {
@@ -331,7 +374,12 @@ def slow_update(agent, batch, images, next_images, next_noise, noise):
         q = online(images, batch.action)
         return ((q[:, 0] - y) ** 2).mean() + ((q[:, 1] - y) ** 2).mean()
 
-    scope = [w for module in perturbed if module in (online, online.backbone) for w in module.parameters()]
+    scope = [
+        w
+        for module in perturbed
+        if module in (online, online.backbone)
+        for w in module.parameters()
+    ]
     descend(critic_loss, list(online.parameters()), scope)
     with torch.no_grad():
         for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
@@ -343,9 +391,13 @@ def slow_update(agent, batch, images, next_images, next_noise, noise):
     def actor_loss():
         action, log_prob = policy(features, noise)
         entropies.append(-log_prob.mean().detach())
-        return (log_alpha.exp().detach() * log_prob - online.head(features, action).min(1).values).mean()
+        return (
+            log_alpha.exp().detach() * log_prob - online.head(features, action).min(1).values
+        ).mean()
 
-    descend(actor_loss, list(actor.parameters()), list(actor.parameters()) if actor in perturbed else [])
+    descend(
+        actor_loss, list(actor.parameters()), list(actor.parameters()) if actor in perturbed else []
+    )
     temperature_loss = lambda: log_alpha.exp() * (entropies[0] + 2)  # noqa: E731
     descend(temperature_loss, [log_alpha], [log_alpha] if "temperature" in perturbed else [])
     return online, target, actor, log_alpha
@@ -356,7 +408,9 @@ def test_an_update_equals_a_slow_one(scope, monkeypatch):
     flags = dict(sam_rho=0.0) if scope == "off" else dict(sam_rho=0.05, sam_scope=scope)
     agent, batch = make_agent_in_double(**flags, learning_rate=1e-3), make_batch()
     for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["eps"] = 1.0  # else Adam's first step tells the gradient's sign alone
+        optimizer.param_groups[0]["eps"] = (
+            1.0  # else Adam's first step tells the gradient's sign alone
+        )
     torch.nn.init.constant_(agent.actor.log_std.bias, 0.55)  # an entropy between -|A| and |A|
     batch = dmc.Batch(*(entry if entry.dtype == torch.uint8 else entry.double() for entry in batch))
     generator = torch.Generator().manual_seed(1)
@@ -372,7 +426,9 @@ def test_an_update_equals_a_slow_one(scope, monkeypatch):
     ours = (agent.online, agent.target, agent.actor)
     for network, slow in zip(ours, expected[:3], strict=True):
         for (name, w), v in zip(network.named_parameters(), slow.parameters(), strict=True):
-            torch.testing.assert_close(w, v, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                w, v, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            )
     torch.testing.assert_close(agent.log_alpha, expected[3], rtol=1e-9, atol=1e-12)
 
 
@@ -422,7 +478,9 @@ def test_a_reset_renews_all_but_the_encoder():
     assert float(before["adam.encoder.0.step"]) == 3
 
 
-@pytest.mark.parametrize("where, value", [("reward", math.nan), ("action", math.inf), ("reward", 1e30)])
+@pytest.mark.parametrize(
+    "where, value", [("reward", math.nan), ("action", math.inf), ("reward", 1e30)]
+)
 def test_an_update_with_a_gradient_that_is_not_finite_leaves_all_as_it_was(where, value):
     """Nor one whose square is not, which Adam's second moment holds."""
     agent, batch = make_agent(), make_batch()
@@ -448,7 +506,9 @@ def test_values_that_are_auto_or_the_tasks():
     assert make_args().action_repeat == 2
 
 
-@pytest.mark.parametrize("env_id, updates, resets", [("hopper-hop", 999_001, 9), ("reacher-easy", 499_001, 4)])
+@pytest.mark.parametrize(
+    "env_id, updates, resets", [("hopper-hop", 999_001, 9), ("reacher-easy", 499_001, 4)]
+)
 def test_updates_and_resets_of_a_full_run(env_id, updates, resets):
     args = dmc.resolve(dmc.Args(env_id=env_id, device="cpu"))
     steps = args.total_timesteps // args.action_repeat
@@ -463,7 +523,9 @@ def evaluate_here(monkeypatch):
     import gymnasium as gym
 
     monkeypatch.setattr(
-        gym.vector, "AsyncVectorEnv", lambda envs, context: ClosableEnvs(gym.vector.SyncVectorEnv(envs))
+        gym.vector,
+        "AsyncVectorEnv",
+        lambda envs, context: ClosableEnvs(gym.vector.SyncVectorEnv(envs)),
     )
 
 
@@ -479,7 +541,9 @@ class ClosableEnvs:
 
 
 def result_of(args):
-    return json.loads((args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}" / "result.json").read_text())
+    return json.loads(
+        (args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}" / "result.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("method", ["base", "plastic"])
@@ -487,10 +551,21 @@ def test_equal_seeds_give_equal_runs_past_a_reset(tmp_path, method, evaluate_her
     flags = BASE if method == "base" else dict(reset_interval=30)
     results = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        args = make_args(total_timesteps=160, run_dir=tmp_path, exp_name=name, seed=seed, eval_episodes=2, **flags)
+        args = make_args(
+            total_timesteps=160,
+            run_dir=tmp_path,
+            exp_name=name,
+            seed=seed,
+            eval_episodes=2,
+            **flags,
+        )
         dmc.run(args, dmc.Stop())
         results.append(result_of(args))
-    assert (results[0]["gradient_updates"], results[0]["env_steps"], results[0]["agent_steps"]) == (61, 160, 80)
+    assert (results[0]["gradient_updates"], results[0]["env_steps"], results[0]["agent_steps"]) == (
+        61,
+        160,
+        80,
+    )
     assert results[0]["resets"] == (0 if method == "base" else 2)
     assert len(results[0]["episode_returns"]) == 2
     assert results[0]["episode_returns"] == results[1]["episode_returns"]
@@ -505,7 +580,9 @@ class ScriptedEnv(dmc.gym.Env):
         self.observation_space = dmc.gym.spaces.Box(0, 255, (1, 16, 16), np.uint8)
 
     def frame(self):
-        return np.random.default_rng(self.step_number).integers(256, size=(1, 16, 16), dtype=np.uint8)
+        return np.random.default_rng(self.step_number).integers(
+            256, size=(1, 16, 16), dtype=np.uint8
+        )
 
     def reset(self, seed=None, options=None):
         self.step_number = 0
@@ -533,9 +610,15 @@ def scripted(monkeypatch):
             if kept["steps"] == kept["at"]:
                 kept["stop"].request(signal.SIGTERM)
 
-    for name, fake in (("DMControl", ScriptedEnv), ("Agent", KeptAgent), ("ReplayBuffer", KeptReplay)):
+    for name, fake in (
+        ("DMControl", ScriptedEnv),
+        ("Agent", KeptAgent),
+        ("ReplayBuffer", KeptReplay),
+    ):
         monkeypatch.setattr(dmc, name, fake)
-    monkeypatch.setattr(dmc, "evaluate", lambda agent, args, video=None: [float(agent.log_alpha.detach().exp())])
+    monkeypatch.setattr(
+        dmc, "evaluate", lambda agent, args, video=None: [float(agent.log_alpha.detach().exp())]
+    )
 
     def train(args, at=0, done=0):
         kept.update(at=at - done, steps=0, stop=dmc.Stop())
@@ -548,9 +631,18 @@ def scripted(monkeypatch):
 @pytest.mark.parametrize("stops", [(30,), (20, 50, 70), (80,)], ids=str)
 def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path, scripted, stops):
     """On scripted episodes, stopped where one ends: before learning starts, before and after resets, at the end."""
-    flags = dict(total_timesteps=160, learning_starts=25, reset_interval=20, eval_interval=40, metrics_interval=35)
+    flags = dict(
+        total_timesteps=160,
+        learning_starts=25,
+        reset_interval=20,
+        eval_interval=40,
+        metrics_interval=35,
+    )
     flags |= dict(run_dir=tmp_path, resume=True, log_interval=10)
-    whole = {name: tensor.clone() for name, tensor in scripted(make_args(exp_name="whole", **flags)).items()}
+    whole = {
+        name: tensor.clone()
+        for name, tensor in scripted(make_args(exp_name="whole", **flags)).items()
+    }
     broken, done = make_args(exp_name="broken", **flags), 0
     for at in stops:
         with pytest.raises(SystemExit) as exit_info:
@@ -564,7 +656,9 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path, scripted, 
     assert results[1]["resumed_at"] == list(stops)
     for key in ("gradient_updates", "resets", "episode_returns", "agent_steps"):
         assert results[0][key] == results[1][key]
-    logged = [scalars(tmp_path / f"cartpole-swingup_sparse__{name}__1") for name in ("whole", "broken")]
+    logged = [
+        scalars(tmp_path / f"cartpole-swingup_sparse__{name}__1") for name in ("whole", "broken")
+    ]
     for one in logged:
         one.pop("charts/SPS")
     assert logged[0] == logged[1]
@@ -573,12 +667,17 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path, scripted, 
 def scalars(run_dir):
     events = EventAccumulator(str(run_dir), purge_orphaned_data=False)
     events.Reload()
-    return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    return {
+        tag: sorted((e.step, e.value) for e in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_no_reset_on_the_last_step(tmp_path, scripted):
     for interval, resets in ((56, 0), (55, 1), (28, 1)):  # 56 updates
-        flags = dict(total_timesteps=160, learning_starts=25, reset_interval=interval, exp_name=str(interval))
+        flags = dict(
+            total_timesteps=160, learning_starts=25, reset_interval=interval, exp_name=str(interval)
+        )
         scripted(args := make_args(run_dir=tmp_path, **flags))
         assert (result_of(args)["gradient_updates"], result_of(args)["resets"]) == (56, resets)
 
@@ -592,7 +691,15 @@ def test_an_update_comes_before_its_steps_transition(tmp_path, scripted, monkeyp
         return original(self, batch_size, generator)
 
     monkeypatch.setattr(dmc.ReplayBuffer, "sample", sample)
-    scripted(make_args(run_dir=tmp_path, exp_name="x", total_timesteps=60, learning_starts=25, updates_per_step=2))
+    scripted(
+        make_args(
+            run_dir=tmp_path,
+            exp_name="x",
+            total_timesteps=60,
+            learning_starts=25,
+            updates_per_step=2,
+        )
+    )
     assert seen == [n for step in range(25, 31) for n in (step - 1, step - 1)]
 
 
@@ -618,7 +725,9 @@ def test_only_the_tasks_own_end_ends_the_return(tmp_path, scripted, monkeypatch,
 
 def test_the_first_actions_are_uniform(tmp_path, scripted, monkeypatch):
     actions, step = [], ScriptedEnv.step
-    monkeypatch.setattr(ScriptedEnv, "step", lambda self, action: actions.append(action) or step(self, action))
+    monkeypatch.setattr(
+        ScriptedEnv, "step", lambda self, action: actions.append(action) or step(self, action)
+    )
     scripted(make_args(run_dir=tmp_path, exp_name="x", total_timesteps=1204, learning_starts=600))
     first = np.array(actions[:600])
     assert first.shape == (600, 2) and np.abs(first).max() <= 1
@@ -627,7 +736,9 @@ def test_the_first_actions_are_uniform(tmp_path, scripted, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_reward_that_is_no_finite_number_is_counted_and_taken_as_0(tmp_path, scripted, monkeypatch, value):
+def test_a_reward_that_is_no_finite_number_is_counted_and_taken_as_0(
+    tmp_path, scripted, monkeypatch, value
+):
     step = ScriptedEnv.step
 
     def broken(self, action):
@@ -656,7 +767,13 @@ class ShortOrLong(ScriptedEnv):
 
     def step(self, action):
         self.step_number += 1
-        return self.frame(), float(self.seed), False, self.step_number >= 2 + 3 * (self.seed % 3), {}
+        return (
+            self.frame(),
+            float(self.seed),
+            False,
+            self.step_number >= 2 + 3 * (self.seed % 3),
+            {},
+        )
 
 
 def test_an_evaluation_by_hand(monkeypatch, evaluate_here):
@@ -676,7 +793,12 @@ def test_an_evaluation_by_hand(monkeypatch, evaluate_here):
     assert ShortOrLong.asked[:3] == seeds
     assert returns == [float(seed * (2 + 3 * (seed % 3))) for seed in seeds]
     # 40,000 % 3 is 1 and 40,001 % 3 is 2: five steps and eight.
-    assert [pair[1] for pair in stacks[:4]] == [[10, 10, 10], [10, 10, 11], [10, 11, 12], [11, 12, 13]]
+    assert [pair[1] for pair in stacks[:4]] == [
+        [10, 10, 10],
+        [10, 10, 11],
+        [10, 11, 12],
+        [11, 12, 13],
+    ]
     assert [pair[0] for pair in stacks[:3]] == [[0, 0, 0], [0, 0, 1], [0, 1, 2]]
     assert [frame[0, 0, 0] for frame in video] == [0, 1, 2, 3, 4]
 
@@ -697,7 +819,9 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_a_flag_that_makes_no_sense_ends_with_code_2_and_says_so(flags, capsys, tmp_path, monkeypatch):
+def test_a_flag_that_makes_no_sense_ends_with_code_2_and_says_so(
+    flags, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_info:
         dmc.resolve(tyro.cli(dmc.Args, args=flags.split()))
@@ -748,7 +872,9 @@ BAD_CHECKPOINTS = {
     "no transitions": lambda c: c["tensors"]["replay.valid"].fill_(False),
     "negative counts": lambda c: c["tensors"]["counts"].fill_(-5),
     "weights that are not finite": lambda c: c["tensors"]["actor.mean.weight"].fill_(math.nan),
-    "another shape": lambda c: c["tensors"].update({"replay.frames": torch.zeros(3, dtype=torch.uint8)}),
+    "another shape": lambda c: c["tensors"].update(
+        {"replay.frames": torch.zeros(3, dtype=torch.uint8)}
+    ),
     "a tensor too few": lambda c: c["tensors"].pop("log_alpha"),
 }
 
@@ -783,12 +909,16 @@ def test_other_flags_are_refused_by_name(tmp_path, scripted, capsys):
         with pytest.raises(SystemExit) as exit_info:
             scripted(dmc.replace(args, **change))
         assert exit_info.value.code == 1 and f"was made with {words};" in capsys.readouterr().err
-    scripted(dmc.replace(args, eval_interval=40, log_interval=7, capture_video=False))  # these may differ
+    scripted(
+        dmc.replace(args, eval_interval=40, log_interval=7, capture_video=False)
+    )  # these may differ
     assert result_of(args)["resumed_at"] == [30]
 
 
 @pytest.mark.parametrize("name", ["model.pth", "video.gif"])
-def test_a_model_without_its_result_is_not_deleted_without_being_told(tmp_path, scripted, capsys, name):
+def test_a_model_without_its_result_is_not_deleted_without_being_told(
+    tmp_path, scripted, capsys, name
+):
     args = make_args(run_dir=tmp_path, exp_name="x", total_timesteps=160)
     path = tmp_path / "cartpole-swingup_sparse__x__1" / name
     path.parent.mkdir()
@@ -810,4 +940,8 @@ def test_images_larger_than_the_suites_screen():
 def test_the_memory_of_metrics_is_counted():
     with_metrics, without = (make_args(batch_size=4, metrics_interval=n) for n in (10, 0))
     as_batch = make_args(batch_size=512)
-    assert dmc.memory_needed(1, with_metrics)[1] == dmc.memory_needed(1, as_batch)[1] > dmc.memory_needed(1, without)[1]
+    assert (
+        dmc.memory_needed(1, with_metrics)[1]
+        == dmc.memory_needed(1, as_batch)[1]
+        > dmc.memory_needed(1, without)[1]
+    )

@@ -14,11 +14,16 @@ METHODS = {"base": dict(layer_norm=False, crelu=False, sam_rho=0.0), "plastic": 
 
 def make(device="cpu", replay_device=None, **flags):
     """An agent and a filled buffer, the same ones at each call."""
-    flags = dict(env_id="cartpole-swingup", image_size=16, batch_size=4, hidden_dim=16, latent_dim=8) | flags
+    flags = (
+        dict(env_id="cartpole-swingup", image_size=16, batch_size=4, hidden_dim=16, latent_dim=8)
+        | flags
+    )
     args = dmc.resolve(dmc.Args(device=device, total_timesteps=4000, **flags))
     torch.manual_seed(0)
     agent = dmc.Agent(3, args, torch.Generator(device).manual_seed(0))
-    replay = dmc.ReplayBuffer(200, 50, (1, 16, 16), 3, args.frame_stack, torch.device(replay_device or device))
+    replay = dmc.ReplayBuffer(
+        200, 50, (1, 16, 16), 3, args.frame_stack, torch.device(replay_device or device)
+    )
     rng = np.random.default_rng(0)
     replay.start(rng.integers(256, size=(1, 16, 16), dtype=np.uint8))
     for _ in range(150):
@@ -36,7 +41,9 @@ def sampler(agent, replay):
     """As in train(): a batch on the agent's device, from a generator of its own."""
     generator = torch.Generator(replay.valid.device).manual_seed(1)
     device = agent.generator.device
-    return lambda: dmc.Batch(*(entry.to(device) for entry in replay.sample(agent.args.batch_size, generator)))
+    return lambda: dmc.Batch(
+        *(entry.to(device) for entry in replay.sample(agent.args.batch_size, generator))
+    )
 
 
 def everything(agent, replay):
@@ -60,7 +67,13 @@ def test_everything_stays_where_it_is_through_updates_steps_and_resets(method):
 class NoHostSync(TorchDispatchMode):
     """Fails on the operations that would make the host wait for a GPU."""
 
-    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
+    WAITING = (
+        "aten._local_scalar_dense",
+        "aten.nonzero",
+        "aten.masked_select",
+        "aten.is_nonzero",
+        "aten.equal",
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert not str(func).startswith(self.WAITING), f"{func} waits for the device"
@@ -117,14 +130,18 @@ def test_a_capture_leaves_no_trace(stand_in_cuda, method, updates_before):
             # A batch is drawn for the warm-up; which one must not matter to what follows but for the generator's turn.
             update, act = dmc.capture_all(agent, sampler(agent, replay), replay)
             assert update().shape == (5,) and act().shape == (1, 3)
-        assert all(torch.equal(a, b) for a, b in zip(before, everything(agent, replay), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, everything(agent, replay), strict=True)
+        )
         for _ in range(3):
             agent.update(next_batch())
         results.append(everything(agent, replay))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_captured_update_gets_a_new_batch_and_a_captured_action_the_newest_frames(stand_in_cuda, monkeypatch):
+def test_a_captured_update_gets_a_new_batch_and_a_captured_action_the_newest_frames(
+    stand_in_cuda, monkeypatch
+):
     """What the graphs read, at each call: on the CPU, with a capture that runs the function each time."""
     monkeypatch.setattr(dmc, "capture", lambda function, tensors, generators: function)
     (agent, replay), (other, other_replay) = make(), make()
@@ -184,7 +201,10 @@ def test_a_captured_update_skips_a_gradient_that_is_not_finite():
     agent, replay = make("cuda")
     update, _ = dmc.capture_all(agent, sampler(agent, replay), replay)
     update()
-    rewards, before = replay.rewards.clone(), {name: w.clone() for name, w in agent.learned().items()}
+    rewards, before = (
+        replay.rewards.clone(),
+        {name: w.clone() for name, w in agent.learned().items()},
+    )
     replay.rewards.fill_(torch.nan)
     update()
     assert agent.counts.tolist() == [2, 1, 1, 1]

@@ -31,7 +31,9 @@ def start(tmp_path, *flags, limit=None, **options):
     command = [sys.executable, str(SCRIPT), "--run-dir", str(tmp_path), *SMALL, *flags]
     if limit is not None:
         command = ["bash", "-c", f'ulimit -f {limit}; trap "" XFSZ; exec "$@"', "bash", *command]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def run(tmp_path, *flags, **options):
@@ -51,7 +53,10 @@ def wait_for(condition, process, seconds=60):
 def scalars(run_dir):
     events = EventAccumulator(str(run_dir), purge_orphaned_data=False)
     events.Reload()
-    return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    return {
+        tag: sorted((e.step, e.value) for e in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def children(pid):
@@ -73,7 +78,11 @@ def check_like_unbroken(run_dir, steps):
     """Counters, files and logged steps of a finished run, whatever happened on the way."""
     result = json.loads((run_dir / "result.json").read_text())
     updates = steps - 20 + 1
-    assert (result["agent_steps"], result["env_steps"], result["gradient_updates"]) == (steps, 8 * steps, updates)
+    assert (result["agent_steps"], result["env_steps"], result["gradient_updates"]) == (
+        steps,
+        8 * steps,
+        updates,
+    )
     assert result["skipped_updates"] == result["nonfinite_rewards"] == 0
     assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {"", "events", "result"}
     logged = scalars(run_dir)
@@ -94,14 +103,24 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_short_real_run_past_resets_and_its_saved_model(tmp_path, method):
-    flags = [*METHODS[method].split(), "--total-timesteps", "1200", "--eval-episodes", "3", "--eval-interval", "80"]
+    flags = [
+        *METHODS[method].split(),
+        "--total-timesteps",
+        "1200",
+        "--eval-episodes",
+        "3",
+        "--eval-interval",
+        "80",
+    ]
     code, output, error = run(tmp_path, *flags, "--save-model", "--capture-video")
     assert (code, error) == (0, "")
     run_dir = tmp_path / NAME
     result = json.loads((run_dir / "result.json").read_text())
     assert (result["agent_steps"], result["gradient_updates"]) == (150, 131)
     assert result["resets"] == (0 if method == "base" else 2)
-    assert len(result["episode_returns"]) == 3 and all(0 <= value <= 1000 for value in result["episode_returns"])
+    assert len(result["episode_returns"]) == 3 and all(
+        0 <= value <= 1000 for value in result["episode_returns"]
+    )
     assert result["mean_return"] == pytest.approx(sum(result["episode_returns"]) / 3)
     assert output.splitlines()[-1].endswith(f"over 3 episodes; {run_dir}/result.json")
     logged = scalars(run_dir)
@@ -118,11 +137,21 @@ def test_a_short_real_run_past_resets_and_its_saved_model(tmp_path, method):
         assert video.size == (16, 16) and 1 < video.n_frames <= 125  # equal frames are one in a GIF
         assert video.info["duration"] % 80 == 0  # eight steps of 10 ms
 
-    evaluate = [sys.executable, str(SCRIPT), "--evaluate", str(run_dir / "model.pth"), "--device", "cpu"]
+    evaluate = [
+        sys.executable,
+        str(SCRIPT),
+        "--evaluate",
+        str(run_dir / "model.pth"),
+        "--device",
+        "cpu",
+    ]
     evaluate += ["--eval-episodes", "3"]
     done = subprocess.run(evaluate, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"cartpole-swingup_sparse: mean return {result['mean_return']:.1f} over 3 episodes\n"
+    assert (
+        done.stdout
+        == f"cartpole-swingup_sparse: mean return {result['mean_return']:.1f} over 3 episodes\n"
+    )
 
 
 def test_files_that_are_no_saved_model(tmp_path):
@@ -131,7 +160,11 @@ def test_files_that_are_no_saved_model(tmp_path):
     (tmp_path / "text.pth").write_text("no model")
     args = dmc.resolve(dmc.Args(env_id="cartpole-balance", device="cpu", image_size=16))
     agent = dmc.Agent(1, args, torch.Generator())
-    networks = {"backbone": agent.online.backbone.state_dict(), "actor": agent.actor.state_dict(), "action_dim": 1}
+    networks = {
+        "backbone": agent.online.backbone.state_dict(),
+        "actor": agent.actor.state_dict(),
+        "action_dim": 1,
+    }
     flags = json.loads(json.dumps(dmc.asdict(args), default=str))
     torch.save({"args": flags | {"action_repeat": 8.5}, **networks}, tmp_path / "fraction.pth")
     torch.save({"args": flags | {"env_id": "walker-run"}, **networks}, tmp_path / "walker.pth")
@@ -151,7 +184,9 @@ def test_a_run_killed_three_times_ends_like_an_unbroken_one(tmp_path):
     flags = "--resume --total-timesteps 6400 --checkpoint-interval 20 --eval-episodes 1".split()
     for _ in range(3):
         process = start(tmp_path, *flags)
-        before = (run_dir / "checkpoint.pth").exists() and (run_dir / "checkpoint.pth").stat().st_mtime_ns
+        before = (run_dir / "checkpoint.pth").exists() and (
+            run_dir / "checkpoint.pth"
+        ).stat().st_mtime_ns
         wait_for(lambda before=before: (run_dir / "checkpoint.pth").exists()
                  and (run_dir / "checkpoint.pth").stat().st_mtime_ns != before, process)  # fmt: skip
         time.sleep(rng.uniform(0, 0.5))
@@ -188,7 +223,9 @@ def test_a_signal_writes_a_last_checkpoint_and_the_run_goes_on_from_there(tmp_pa
 def test_ctrl_c_during_an_evaluation_is_one_line_and_leaves_no_worker(tmp_path, seconds):
     """Ctrl-C goes to all processes of a terminal: those that play must be silent, starting or started."""
     run_dir = tmp_path / NAME
-    process = start(tmp_path, "--total-timesteps", "480", "--eval-episodes", "1000", start_new_session=True)
+    process = start(
+        tmp_path, "--total-timesteps", "480", "--eval-episodes", "1000", start_new_session=True
+    )
     wait_for((run_dir / "checkpoint.pth").exists, process)
     wait_for(lambda: len(children(process.pid)) > 1, process)
     time.sleep(seconds)
@@ -222,7 +259,9 @@ def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path):
 
 @pytest.mark.parametrize("seconds", [0, 8])
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, seconds):
-    process = start(tmp_path, "--total-timesteps", "480", "--eval-episodes", "1000", "--torch-threads", "1")
+    process = start(
+        tmp_path, "--total-timesteps", "480", "--eval-episodes", "1000", "--torch-threads", "1"
+    )
     wait_for((tmp_path / NAME / "checkpoint.pth").exists, process)
     wait_for(lambda: len(children(process.pid)) > 1, process)
     time.sleep(seconds)
@@ -235,13 +274,17 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, seconds):
 
 def test_two_processes_in_one_directory(tmp_path):
     first = start(tmp_path, "--total-timesteps", "1000000")
-    wait_for(lambda: any(path.stat().st_size > 2000 for path in (tmp_path / NAME).glob("events*")), first)
+    wait_for(
+        lambda: any(path.stat().st_size > 2000 for path in (tmp_path / NAME).glob("events*")), first
+    )
     code, output, error = run(tmp_path, "--total-timesteps", "1000000")
     assert (code, output, error.count("\n")) == (1, "", 1)
     assert "another process" in error
     first.kill()
     first.communicate()
-    code, _, error = run(tmp_path, "--total-timesteps", "480", "--overwrite", "--eval-episodes", "1")
+    code, _, error = run(
+        tmp_path, "--total-timesteps", "480", "--overwrite", "--eval-episodes", "1"
+    )
     assert (code, error) == (0, "")
     check_like_unbroken(tmp_path / NAME, 60)
 
@@ -281,11 +324,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_simulation_that_diverges_ends_the_run_with_one_line_and_it_goes_on(tmp_path):
-    flags = [str(SCRIPT), "--run-dir", str(tmp_path), *SMALL, "--total-timesteps", "480", "--checkpoint-interval", "10"]
+    flags = [
+        str(SCRIPT),
+        "--run-dir",
+        str(tmp_path),
+        *SMALL,
+        "--total-timesteps",
+        "480",
+        "--checkpoint-interval",
+        "10",
+    ]
     flags += ["--eval-episodes", "1"]
-    done = subprocess.run([sys.executable, "-c", DIVERGES, *flags], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", DIVERGES, *flags], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1
-    assert done.stderr == "error: the simulation diverged (mjWARN_BADQACC); --resume continues the run\n"
+    assert (
+        done.stderr
+        == "error: the simulation diverged (mjWARN_BADQACC); --resume continues the run\n"
+    )
     code, _, error = run(tmp_path, "--total-timesteps", "480", "--resume", "--eval-episodes", "1")
     assert (code, error) == (0, "")
     assert check_like_unbroken(tmp_path / NAME, 60)["resumed_at"] == [40]
@@ -300,10 +357,14 @@ def test_cheetahs_model_gives_no_warnings(tmp_path):
 def test_a_renderer_that_does_not_work(tmp_path, renderer):
     if renderer == "osmesa" and find_library("OSMesa"):
         pytest.skip("libOSMesa is installed")
-    env = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | {"MUJOCO_GL": renderer}
+    env = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | {
+        "MUJOCO_GL": renderer
+    }
     code, output, error = run(tmp_path / "runs", "--total-timesteps", "480", env=env)
     assert (code, output, error.count("\n")) == (1, "", 1)
-    assert error.startswith(f"error: MuJoCo cannot render with MUJOCO_GL={renderer}: install libegl1")
+    assert error.startswith(
+        f"error: MuJoCo cannot render with MUJOCO_GL={renderer}: install libegl1"
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -332,11 +393,15 @@ print((peak - before) / sum(dmc.memory_needed(*rest)))
 """
 
 
-@pytest.mark.parametrize("flags", [{}, dict(crelu=False, sam_rho=0.0, grayscale=False, image_size=84, batch_size=128)])
+@pytest.mark.parametrize(
+    "flags", [{}, dict(crelu=False, sam_rho=0.0, grayscale=False, image_size=84, batch_size=128)]
+)
 def test_the_memory_needed_is_about_what_a_run_takes(flags):
     """Peak resident memory of a process that builds all and updates, less that of PyTorch and MuJoCo."""
     command = [sys.executable, "-c", MEASURE, repr(flags)]
-    finished = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        command, cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120
+    )
     assert finished.returncode == 0, finished.stderr
     assert 0.7 < float(finished.stdout) < 1.35
 

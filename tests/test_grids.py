@@ -40,8 +40,14 @@ TASKS = set(
 
 
 def grid(name, **env):
-    clean = {key: value for key, value in os.environ.items() if key not in ("GAMES", "TASKS", "SEEDS", "METHODS")}
-    return subprocess.run(["bash", ROOT / f"benchmark/{name}.sh"], capture_output=True, text=True, env=clean | env)
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("GAMES", "TASKS", "SEEDS", "METHODS")
+    }
+    return subprocess.run(
+        ["bash", ROOT / f"benchmark/{name}.sh"], capture_output=True, text=True, env=clean | env
+    )
 
 
 def parsed(line):
@@ -55,8 +61,14 @@ def parsed(line):
 def setting(args):
     """What makes a setting: all flags but those that say which run it is, and those that may change in a run."""
     may_change = atari.MAY_CHANGE - {"metrics_interval"}
-    fields = {name: value for name, value in dataclasses.asdict(args).items() if name not in may_change}
-    return {name: value for name, value in fields.items() if name not in ("env_id", "task", "seed", "exp_name")}
+    fields = {
+        name: value for name, value in dataclasses.asdict(args).items() if name not in may_change
+    }
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in ("env_id", "task", "seed", "exp_name")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +92,10 @@ def test_every_line_is_one_that_its_script_takes_and_a_name_means_one_setting(gr
             games.setdefault(script, set()).add(game)
             seeds.setdefault(script, set()).update(re.findall(r"--seed (\d+)", line))
             run = run.replace(
-                game, {"plastic_drq_sac_dmc.py": "walker-run"}.get(script, game if "synth" in script else "Alien")
+                game,
+                {"plastic_drq_sac_dmc.py": "walker-run"}.get(
+                    script, game if "synth" in script else "Alien"
+                ),
             )
             if run not in settings:
                 settings[run] = None
@@ -92,7 +107,11 @@ def test_every_line_is_one_that_its_script_takes_and_a_name_means_one_setting(gr
     for (script, name), value in by_name.items():
         names.setdefault((script, repr(value)), set()).add(name)
     assert all(len(same) == 1 for same in names.values()), "one setting under two names"
-    assert games["plastic_drq_rainbow_atari.py"] == games["plastic_pretrained_finetune.py"] == set(atari.RANDOM_HUMAN)
+    assert (
+        games["plastic_drq_rainbow_atari.py"]
+        == games["plastic_pretrained_finetune.py"]
+        == set(atari.RANDOM_HUMAN)
+    )
     assert games["plastic_drq_sac_dmc.py"] == TASKS
     assert seeds["plastic_drq_rainbow_atari.py"] == {str(seed) for seed in range(1, 11)}
 
@@ -109,7 +128,10 @@ def test_names_mean_what_they_say():
         assert (args.env_id, args.seed, args.replay_ratio) == ("Alien", 3, 2)
         assert args.sam_rho in (0, 0.1) and args.reset_interval in (0, 40_000)
     parts = {"base": "", "plastic": "ln_sam_crelu_reset"}
-    expected = {m: tuple(p in parts.get(m, m).split("_") for p in ("ln", "sam", "crelu", "reset")) for m in METHODS}
+    expected = {
+        m: tuple(p in parts.get(m, m).split("_") for p in ("ln", "sam", "crelu", "reset"))
+        for m in METHODS
+    }
     assert on == expected
 
 
@@ -117,7 +139,9 @@ def test_settings_of_the_other_grids():
     def args_of(name, **env):
         runs = [
             parsed(line)[1]
-            for line in grid(name, GAMES="Alien", TASKS="quadruped-run", SEEDS="1", **env).stdout.splitlines()
+            for line in grid(
+                name, GAMES="Alien", TASKS="quadruped-run", SEEDS="1", **env
+            ).stdout.splitlines()
         ]
         return {args.exp_name: args for args in runs}
 
@@ -134,7 +158,8 @@ def test_settings_of_the_other_grids():
         for method, rho, interval in (("base", 0, 0), ("reset", 0, 40_000), ("sam_reset", 0.1, 40_000))
     }  # fmt: skip
     assert all(
-        str(a.pretrained_path) == "runs/Alien__pretrain__1/model.pth" and a.freeze_backbone for a in runs.values()
+        str(a.pretrained_path) == "runs/Alien__pretrain__1/model.pth" and a.freeze_backbone
+        for a in runs.values()
     )
     anchored = args_of("table3_pretrained", ANCHOR="pretrained", MODELS="weights/{}.pth")
     assert {n: a.shrink_perturb_anchor for n, a in anchored.items() if "rr2" in n} == {
@@ -142,9 +167,12 @@ def test_settings_of_the_other_grids():
         "pretrained_sam_reset_rr2_anchored": "pretrained",
     }  # fmt: skip
     assert {str(a.pretrained_path) for a in anchored.values()} == {"weights/Alien.pth"}
-    (line,) = grid("table3_pretrained", GAMES="Pong", STAGE="pretrain", VIDEOS="data/{}/1").stdout.splitlines()
+    (line,) = grid(
+        "table3_pretrained", GAMES="Pong", STAGE="pretrain", VIDEOS="data/{}/1"
+    ).stdout.splitlines()
     assert (
-        line == "python plastic_pretrained_finetune.py --mode pretrain --env-id Pong --video-dir data/Pong/1 --resume"
+        line
+        == "python plastic_pretrained_finetune.py --mode pretrain --env-id Pong --video-dir data/Pong/1 --resume"
     )
     runs = args_of("fig4_metrics")
     assert list(runs) == [f"{m}_metrics" for m in "base sam ln crelu reset plastic".split()]
@@ -166,20 +194,31 @@ def test_settings_of_the_other_grids():
         "sam": 0.1, "sam_rho0.03": 0.03, "sam_rho0.3": 0.3, "sam_reset": 0.1
     }  # fmt: skip
     assert {a.batch_size for a in runs.values()} == {16, 32, 64}
-    assert all(a.batch_size == int((re.findall(r"_batch(\d+)", n) or ["32"])[0]) for n, a in runs.items())
+    assert all(
+        a.batch_size == int((re.findall(r"_batch(\d+)", n) or ["32"])[0]) for n, a in runs.items()
+    )
 
 
 def test_a_grid_narrowed():
     env = dict(
-        GAMES="Alien Pong\nAlien", SEEDS="1 2 1", METHODS="base plastic", EXTRA="--total-timesteps\n10000", rho="5"
+        GAMES="Alien Pong\nAlien",
+        SEEDS="1 2 1",
+        METHODS="base plastic",
+        EXTRA="--total-timesteps\n10000",
+        rho="5",
     )
     lines = grid("table1_atari", **env).stdout.splitlines()
     runs = [parsed(line)[1] for line in lines]
     assert [(a.seed, a.env_id, a.exp_name) for a in runs] == [
-        (seed, game, method) for seed in (1, 2) for game in ("Alien", "Pong") for method in ("base", "plastic")
+        (seed, game, method)
+        for seed in (1, 2)
+        for game in ("Alien", "Pong")
+        for method in ("base", "plastic")
     ]
     assert all(a.total_timesteps == 10_000 and a.resume and a.sam_rho in (0, 0.1) for a in runs)
-    (line,) = grid("table3_pretrained", STAGE="pretrain", GAMES="Pong", VIDEOS="my videos/{}").stdout.splitlines()
+    (line,) = grid(
+        "table3_pretrained", STAGE="pretrain", GAMES="Pong", VIDEOS="my videos/{}"
+    ).stdout.splitlines()
     assert shlex.split(line)[-2] == "my videos/Pong"
 
 
@@ -210,10 +249,12 @@ def run_local(request, tmp_path):
         pytest.skip("GNU parallel is not installed (Debian: parallel)")
     tools = tmp_path / "tools"
     tools.mkdir()
-    needed = (
-        "bash sh env grep sha256sum cut mkdir flock wc tr nproc sed cat seq setsid xargs pkill pgrep sleep tail dirname"
-    )
-    for tool in [*needed.split(), *"mktemp rm comm sort awk mv touch kill".split()] if request.param == "xargs" else []:
+    needed = "bash sh env grep sha256sum cut mkdir flock wc tr nproc sed cat seq setsid xargs pkill pgrep sleep tail dirname"
+    for tool in (
+        [*needed.split(), *"mktemp rm comm sort awk mv touch kill".split()]
+        if request.param == "xargs"
+        else []
+    ):
         if shutil.which(tool):
             (tools / tool).symlink_to(shutil.which(tool))
     (tools / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -232,7 +273,10 @@ def run_local(request, tmp_path):
         process.stdin = None
         return process
 
-    start.tools, start.path = tools, f"{tools}" if request.param == "xargs" else f"{tools}:{os.environ['PATH']}"
+    start.tools, start.path = (
+        tools,
+        f"{tools}" if request.param == "xargs" else f"{tools}:{os.environ['PATH']}",
+    )
     return start
 
 
@@ -261,7 +305,10 @@ def test_a_line_that_fails_is_reported_and_the_others_go_on(run_local, tmp_path)
     assert logs(tmp_path)["1.log"] == f"a {ROOT}\n"
     assert (tmp_path / "n").read_text() == "1\n"  # what ended well is not run again
     process = run_local(["true"])
-    assert process.communicate(timeout=60)[0].startswith("1 of 1 lines done") and process.returncode == 0
+    assert (
+        process.communicate(timeout=60)[0].startswith("1 of 1 lines done")
+        and process.returncode == 0
+    )
 
 
 def test_what_is_done_is_what_ended_with_0(run_local, tmp_path):
@@ -290,14 +337,21 @@ def test_a_driver_that_does_not_work_is_no_gpu(run_local, tmp_path):
         "PATH": run_local.path
     }
     done = subprocess.run(
-        command, input="echo gpu=$CUDA_VISIBLE_DEVICES", capture_output=True, text=True, env=env, timeout=60
+        command,
+        input="echo gpu=$CUDA_VISIBLE_DEVICES",
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=60,
     )
     assert done.returncode == 0 and logs(tmp_path)["1.log"] == "gpu=\n"
 
 
 def test_lines_take_the_gpus_in_turn(run_local, tmp_path):
     lines = [f"sleep 0.5; echo $CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS {i}" for i in range(6)]
-    process = run_local(lines, "-j", "2", "--no-mps", CUDA_VISIBLE_DEVICES="4,GPU-7,1", OMP_NUM_THREADS="5")
+    process = run_local(
+        lines, "-j", "2", "--no-mps", CUDA_VISIBLE_DEVICES="4,GPU-7,1", OMP_NUM_THREADS="5"
+    )
     assert process.wait(timeout=60) == 0
     taken = sorted(logs(tmp_path)[f"{i}.log"].split()[0] for i in range(1, 7))
     assert taken == ["1", "1", "4", "4", "GPU-7", "GPU-7"]
@@ -314,21 +368,29 @@ def test_mps_is_started_and_stopped(run_local, tmp_path):
     for name, body in stand_ins.items():
         (run_local.tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (run_local.tools / name).chmod(0o755)
-    lines = [f"sleep 0.5; echo $CUDA_VISIBLE_DEVICES $CUDA_MPS_PIPE_DIRECTORY {i}" for i in range(4)]
+    lines = [
+        f"sleep 0.5; echo $CUDA_VISIBLE_DEVICES $CUDA_MPS_PIPE_DIRECTORY {i}" for i in range(4)
+    ]
     env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | {
         "PATH": run_local.path
     }
     command = ["bash", ROOT / "benchmark/run_local.sh", "--logs", tmp_path / "logs", "-j", "2"]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run(
+        command, input="\n".join(lines), capture_output=True, text=True, env=env, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     start, stop = told.read_text().splitlines()
     pipe = start.split()[-1]
     assert (start.split(), stop.split()) == (["-d", pipe], ["quit", pipe])
     assert not Path(pipe).exists()
     outputs = [logs(tmp_path)[f"{i}.log"].split() for i in range(1, 5)]
-    assert sorted(output[0] for output in outputs) == ["0", "0", "1", "1"] and all(o[1] == pipe for o in outputs)
+    assert sorted(output[0] for output in outputs) == ["0", "0", "1", "1"] and all(
+        o[1] == pipe for o in outputs
+    )
     told.unlink()
-    done = subprocess.run([*command, "--no-mps"], input="true", capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run(
+        [*command, "--no-mps"], input="true", capture_output=True, text=True, env=env, timeout=60
+    )
     assert done.returncode == 0 and not told.exists()
 
 
@@ -336,12 +398,22 @@ LONG = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.slee
 LONG += "print('ready', flush=True); time.sleep(600)  # {}"
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_ctrl_c_stops_the_lines_after_their_checkpoints_and_leaves_no_process(run_local, tmp_path, signum, code):
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_ctrl_c_stops_the_lines_after_their_checkpoints_and_leaves_no_process(
+    run_local, tmp_path, signum, code
+):
     mark = time.time_ns()
     process = run_local([f'python -c "{LONG.format(mark)}"'] * 2 + ["echo not yet"], "-j", "2")
     end = time.monotonic() + 60
-    while sum("ready" in text for name, text in (logs(tmp_path) if (tmp_path / "logs").exists() else {}).items()) < 2:
+    while (
+        sum(
+            "ready" in text
+            for name, text in (logs(tmp_path) if (tmp_path / "logs").exists() else {}).items()
+        )
+        < 2
+    ):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
     second = run_local([f'python -c "{LONG.format(mark)}"'] * 2 + ["echo not yet"], "-j", "2")
@@ -355,12 +427,15 @@ def test_ctrl_c_stops_the_lines_after_their_checkpoints_and_leaves_no_process(ru
 
 
 @pytest.mark.parametrize(
-    "flags, lines", [(["-j", "0"], ["true"]), (["-j"], ["true"]), (["--jobs"], ["true"]), ([], [""])]
+    "flags, lines",
+    [(["-j", "0"], ["true"]), (["-j"], ["true"]), (["--jobs"], ["true"]), ([], [""])],
 )
 def test_bad_input(run_local, flags, lines):
     process = run_local(lines, *flags)
     output, error = process.communicate(timeout=60)
-    assert (process.returncode, output, error.count("\n")) == (2, "", 1) and error.startswith("error: ")
+    assert (process.returncode, output, error.count("\n")) == (2, "", 1) and error.startswith(
+        "error: "
+    )
 
 
 # --- Under Slurm ------------------------------------------------------------------------------------------------------
@@ -368,13 +443,17 @@ def test_bad_input(run_local, flags, lines):
 
 def slurm_works():
     try:
-        done = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, timeout=10
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return False
     return done.stdout.strip() in ("idle", "mixed")
 
 
-needs_slurm = pytest.mark.skipif(not slurm_works(), reason="no Slurm at work here (Debian: slurm-wlm, munge)")
+needs_slurm = pytest.mark.skipif(
+    not slurm_works(), reason="no Slurm at work here (Debian: slurm-wlm, munge)"
+)
 
 
 def run_slurm(tmp_path, lines, *flags):
@@ -389,7 +468,9 @@ def run_slurm(tmp_path, lines, *flags):
         "1",
         *flags,
     ]
-    return subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, input="\n".join(lines), capture_output=True, text=True, timeout=300
+    )
 
 
 @needs_slurm
@@ -400,7 +481,10 @@ def test_a_slurm_array_of_tiny_runs_one_of_them_killed_and_queued_again(tmp_path
         "--replay-ratio 1 --eval-episodes 1 --device cpu --torch-threads 1 --checkpoint-interval 20 "
         f"--run-dir {tmp_path}/runs"
     )
-    lines = [line.replace("python", sys.executable, 1) for line in grid("table1_atari", **env).stdout.splitlines()]
+    lines = [
+        line.replace("python", sys.executable, 1)
+        for line in grid("table1_atari", **env).stdout.splitlines()
+    ]
     assert len(lines) == 4
     done = run_slurm(tmp_path, lines, "--per-gpu", "2", "--jobs", "1")
     assert done.returncode == 0, done.stderr
@@ -419,24 +503,43 @@ def test_a_slurm_array_of_tiny_runs_one_of_them_killed_and_queued_again(tmp_path
         assert time.monotonic() < end, logs(tmp_path)
         time.sleep(0.5)
         # Slurm would hold a requeued task back for two minutes.
-        subprocess.run(["scontrol", "update", f"jobid={job}_0", "starttime=now"], capture_output=True)
+        subprocess.run(
+            ["scontrol", "update", f"jobid={job}_0", "starttime=now"], capture_output=True
+        )
     done = run_slurm(tmp_path, lines, "--per-gpu", "2")
-    assert (done.returncode, done.stdout.startswith("all lines are done")) == (0, True), logs(tmp_path)
+    assert (done.returncode, done.stdout.startswith("all lines are done")) == (0, True), logs(
+        tmp_path
+    )
     results = {
-        path.parent.name: atari.json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")
+        path.parent.name: atari.json.loads(path.read_text())
+        for path in (tmp_path / "runs").glob("*/result.json")
     }
     assert len(results) == 4
-    assert len(results["Pong__base__1"]["resumed_at"]) >= 1 and results["Pong__base__2"]["resumed_at"] == []
+    assert (
+        len(results["Pong__base__1"]["resumed_at"]) >= 1
+        and results["Pong__base__2"]["resumed_at"] == []
+    )
 
 
 @needs_slurm
 def test_a_failing_line_under_slurm(tmp_path):
     done = run_slurm(tmp_path, ["echo fine", "echo wrong; exit 4", "true"], "--wait")
     assert done.returncode == 1 and "2 of 3 lines done" in done.stdout
-    assert "failed, exit code 4: echo wrong; exit 4" in done.stderr and done.stderr.strip().endswith("2.log: wrong")
-    for flags, words in ((["--gpus", "a100:1"], "numbers"), (["--logs", "a,b"], "path"), (["--cpus"], "needs a value")):
+    assert (
+        "failed, exit code 4: echo wrong; exit 4" in done.stderr
+        and done.stderr.strip().endswith("2.log: wrong")
+    )
+    for flags, words in (
+        (["--gpus", "a100:1"], "numbers"),
+        (["--logs", "a,b"], "path"),
+        (["--cpus"], "needs a value"),
+    ):
         bad = run_slurm(tmp_path, ["true"], *flags)
-        assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and words in bad.stderr
+        assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (
+            2,
+            "",
+            1,
+        ) and words in bad.stderr
     done = run_slurm(tmp_path, ["echo fine", "echo wrong; exit 4", "true"], "--dry-run")
     assert "--array 0-0%64 " in done.stdout
 
@@ -444,7 +547,17 @@ def test_a_failing_line_under_slurm(tmp_path):
 @needs_slurm
 def test_a_grid_larger_than_an_array(tmp_path):
     done = run_slurm(
-        tmp_path, ["true"] * 2500, "--dry-run", "--per-gpu", "1", "--jobs", "7", "--partition", "gpu", "--time", "5"
+        tmp_path,
+        ["true"] * 2500,
+        "--dry-run",
+        "--per-gpu",
+        "1",
+        "--jobs",
+        "7",
+        "--partition",
+        "gpu",
+        "--time",
+        "5",
     )
     first, second, third = done.stdout.splitlines()
     arrays = [re.search(r"--array (\S+) ", line)[1] for line in (first, second, third)]

@@ -21,7 +21,10 @@ def test_r_squared_is_the_share_that_is_linear_in_the_features():
     z = (features - 3) / [1, 10, 0.1, 1, 1]
     linear = z @ [1.0, -2.0, 3.0, 0.0, 0.5]
     noise = rng.normal(size=(2, 640))
-    state = np.stack([linear, linear + linear.std() * noise[0], noise[1], z[:, 0] ** 2], axis=1) * 7 + 100
+    state = (
+        np.stack([linear, linear + linear.std() * noise[0], noise[1], z[:, 0] ** 2], axis=1) * 7
+        + 100
+    )
     result = linear_probe.r_squared(features, state, ENVS)
     assert result[0] > 0.999
     assert result[1] == pytest.approx(0.5, abs=0.1)
@@ -57,7 +60,9 @@ def test_a_model_without_pretraining_is_no_better_than_before_it(tmp_path, capsy
     backbone = linear_probe.script.Backbone()
     state = {f"backbone.{name}": w for name, w in backbone.state_dict().items()}
     torch.save({"model_state_dict": state}, tmp_path / "model.pth")
-    args = linear_probe.Args(model=tmp_path / "model.pth", env_id="Breakout", samples=320, json=tmp_path / "probe.json")
+    args = linear_probe.Args(
+        model=tmp_path / "model.pth", env_id="Breakout", samples=320, json=tmp_path / "probe.json"
+    )
     linear_probe.main(args)
     figures = json.loads((tmp_path / "probe.json").read_text())["r_squared"]
     assert list(figures) == ["ball x", "ball y", "paddle x"]
@@ -65,7 +70,9 @@ def test_a_model_without_pretraining_is_no_better_than_before_it(tmp_path, capsy
     assert f"| paddle x | {figures['paddle x']['pretrained']:.3f} |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, words", [(dict(env_id="Alien"), "Breakout"), (dict(samples=10), "--samples")], ids=str)
+@pytest.mark.parametrize(
+    "flags, words", [(dict(env_id="Alien"), "Breakout"), (dict(samples=10), "--samples")], ids=str
+)
 def test_bad_flags(flags, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
         linear_probe.main(linear_probe.Args(model=tmp_path / "no.pth", **flags))

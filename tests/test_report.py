@@ -36,12 +36,16 @@ def write_result(runs, task, method, accuracies, first_seed=1):
 
 def test_gains_by_hand_and_a_figure(tmp_path, capsys):
     write_result(tmp_path, "input", "base", [[0.1, 0.2, 0.4], [0.1, 0.4, 0.6]])
-    write_result(tmp_path, "input", "ln", [[0.1, 0.5, 0.6], [0.1, 0.6, 0.9], [0.9, 0.9, 0.9]], first_seed=2)
+    write_result(
+        tmp_path, "input", "ln", [[0.1, 0.5, 0.6], [0.1, 0.6, 0.9], [0.9, 0.9, 0.9]], first_seed=2
+    )
     write_result(tmp_path, "label", "plastic", [[0.1, 0.5, 0.6]])
     results = report.read_results([tmp_path])
     assert report.late_accuracy(results["input", "base"], 2) == pytest.approx({1: 0.3, 2: 0.5})
     # Seed 2 alone is in both.
-    assert report.gain(results["input", "ln"], results["input", "base"], 2) == pytest.approx([0.55 - 0.5])
+    assert report.gain(results["input", "ln"], results["input", "base"], 2) == pytest.approx(
+        [0.55 - 0.5]
+    )
     report.print_table(results, 2)
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 5
@@ -74,7 +78,11 @@ def test_what_cannot_be_compared_or_drawn_gets_one_line(tmp_path, capsys):
         report.plot_figure3(results, 2, tmp_path / "figure3.png")
     write_result(tmp_path, "input", "ln", [[0.1, 0.2]])
     with pytest.raises(SystemExit):
-        report.plot_figure3(report.read_results([tmp_path]), 2, tmp_path / "label__ln__1-1" / "result.json" / "x.png")
+        report.plot_figure3(
+            report.read_results([tmp_path]),
+            2,
+            tmp_path / "label__ln__1-1" / "result.json" / "x.png",
+        )
     path = tmp_path / "label__ln__1-1" / "result.json"
     path.write_text(path.read_text().replace('"num_stages": 1', '"num_stages": 2'))
     capsys.readouterr()
@@ -83,7 +91,9 @@ def test_what_cannot_be_compared_or_drawn_gets_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "num_stages: 1, 2" in error
     path.write_text(
-        path.read_text().replace('"num_stages": 2', '"num_stages": 1').replace('"crelu": false', '"crelu": true')
+        path.read_text()
+        .replace('"num_stages": 2', '"num_stages": 1')
+        .replace('"crelu": false', '"crelu": true')
     )
     with pytest.raises(SystemExit):
         report.read_results([tmp_path])
@@ -92,7 +102,12 @@ def test_what_cannot_be_compared_or_drawn_gets_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"script": "synth_cifar_plasticity.py"}', '{"script": "plastic_drq_sac_dmc.py", "args": {}}'],
+    [
+        "{",
+        "[]",
+        '{"script": "synth_cifar_plasticity.py"}',
+        '{"script": "plastic_drq_sac_dmc.py", "args": {}}',
+    ],
 )
 @pytest.mark.parametrize("read", [report.read_results, report.read_runs])
 def test_what_is_no_result_gets_one_line(tmp_path, capsys, content, read):
@@ -132,7 +147,9 @@ def table(*flags, code=0):
     """What report.py prints as JSON documents, and on stderr."""
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        assert report.main(tyro.cli(report.Args, args=[*map(str, flags), "--format", "json"])) == code
+        assert (
+            report.main(tyro.cli(report.Args, args=[*map(str, flags), "--format", "json"])) == code
+        )
     documents = [json.loads(line) for line in output.getvalue().splitlines()]
     return documents, errors.getvalue()
 
@@ -156,12 +173,18 @@ def test_table_1_against_aggregates_by_hand(tmp_path):
     (atari, control), error = table(tmp_path, "--table", "1", "--reps", "200")
     assert error.splitlines() == []
     ours = atari["rows"][0]
-    matrix = np.array([[normal(task, value) for value in values] for task, values in scores.items()])  # [tasks, seeds]
+    matrix = np.array(
+        [[normal(task, value) for value in values] for task, values in scores.items()]
+    )  # [tasks, seeds]
     assert (ours["method"], ours["runs"]) == ("Base", 78)
     assert ours["IQM"][0] == pytest.approx(trim_mean(matrix, 0.25, axis=None))
     assert ours["median over tasks"][0] == pytest.approx(np.median(matrix.mean(1)))
     assert ours["mean"][0] == pytest.approx(matrix.mean())
-    assert ours["IQM, paper"] == [0.258, 0.224, 0.292] and ours["mean, paper"] == [0.476, 0.432, 0.52]
+    assert ours["IQM, paper"] == [0.258, 0.224, 0.292] and ours["mean, paper"] == [
+        0.476,
+        0.432,
+        0.52,
+    ]
     for name in ("IQM", "median over tasks", "mean"):
         value, low, high = ours[name]
         assert low < value < high
@@ -182,7 +205,9 @@ def columns(name, benchmark):
     """{column: {task: mean return}} of one of the paper's tables by task."""
     with open(ROOT / "benchmark/paper" / name, newline="") as file:
         rows = list(csv.DictReader(file))
-    return {c: {row["Game"]: float(row[c]) for row in rows if row[c]} for c in rows[0] if c != "Game"}
+    return {
+        c: {row["Game"]: float(row[c]) for row in rows if row[c]} for c in rows[0] if c != "Game"
+    }
 
 
 def test_the_papers_tables_by_task_give_its_aggregates(tmp_path):
@@ -202,7 +227,11 @@ def test_the_papers_tables_by_task_give_its_aggregates(tmp_path):
         benchmark = "dmc" if number == "10" else "atari"
         scores = columns(name, benchmark)
         lines = ["method,task,seed,score"]
-        lines += [f"{method},{task},1,{score}" for method, tasks in scores.items() for task, score in tasks.items()]
+        lines += [
+            f"{method},{task},1,{score}"
+            for method, tasks in scores.items()
+            for task, score in tasks.items()
+        ]
         path.write_text("\n".join(lines) + "\n")
         ((document,), error) = table("--scores", path, "--benchmark", benchmark)
         assert error == ""
@@ -212,7 +241,9 @@ def test_the_papers_tables_by_task_give_its_aggregates(tmp_path):
                 assert int(row["mean"][0]) == float(expected["mean"])
             elif row["method"] != "LayerNorm":
                 assert row["mean"][0] == pytest.approx(float(expected["mean"]), abs=0.001)
-                assert row["median over tasks"][0] == pytest.approx(float(expected["median"]), abs=0.001)
+                assert row["median over tasks"][0] == pytest.approx(
+                    float(expected["median"]), abs=0.001
+                )
             assert row["IQM"][1:] == [None, None]  # one seed has no interval
             checked += 1
     assert checked == 6 + 6 + 6
@@ -226,14 +257,24 @@ def test_missing_tasks_are_refused_or_said(tmp_path):
     (document,), error = table(tmp_path, "--table", "2", code=1)
     row = document["rows"][0]
     assert (row["method"], row["runs"], row["IQM"]) == ("PLASTIC†:2", 5, None)
-    assert "no runs of Amidar, " in error and "--allow-missing" in error and "Pong" not in error.split("no runs of")[1]
+    assert (
+        "no runs of Amidar, " in error
+        and "--allow-missing" in error
+        and "Pong" not in error.split("no runs of")[1]
+    )
     assert "runs of 20,000 steps, not of 100,000" in error
     (document,), error = table(tmp_path, "--table", "2", "--allow-missing", "--runs-per-gpu", "4")
     row = document["rows"][0]
-    matrix = [[normal("Alien", 100), normal("Pong", 100)], [normal("Alien", 200), normal("Pong", 200)]]
+    matrix = [
+        [normal("Alien", 100), normal("Pong", 100)],
+        [normal("Alien", 200), normal("Pong", 200)],
+    ]
     assert row["mean"][0] == pytest.approx(np.mean(matrix))  # the third seed of Pong is cut
     assert row["optimality gap"][0] == pytest.approx(np.mean(np.maximum(1 - np.array(matrix), 0)))
-    assert "cut to the first 2 seeds of each task" in error and "aggregated over 2 of 26 tasks" in error
+    assert (
+        "cut to the first 2 seeds of each task" in error
+        and "aggregated over 2 of 26 tasks" in error
+    )
     assert (row["GPU hours"], row["GPU hours, paper"], row["million parameters"]) == (0.5, 0.5, 6.8)
 
 
@@ -252,8 +293,17 @@ def test_tables_3_and_4_find_their_runs(tmp_path):
     for i, name in enumerate(names):
         write_run(tmp_path, "Pong", name, 1, -20.7 + i)
     (document,), _ = table(tmp_path, "--table", "4", "--allow-missing")
-    assert [row["method"] for row in document["rows"]][:6] == ["Base", "LN", "SAM", "CReLU", "Reset", "LN + SAM"]
-    assert [row["IQM, paper"][0] for row in document["rows"]] == [float(row["iqm"]) for row in printed]
+    assert [row["method"] for row in document["rows"]][:6] == [
+        "Base",
+        "LN",
+        "SAM",
+        "CReLU",
+        "Reset",
+        "LN + SAM",
+    ]
+    assert [row["IQM, paper"][0] for row in document["rows"]] == [
+        float(row["iqm"]) for row in printed
+    ]
     scores = [normal("Pong", -20.7 + names.index(name)) for name in names]
     assert [row["runs"] for row in document["rows"]] == [1] * 12
     assert [row["IQM"][0] for row in document["rows"]] == pytest.approx(
@@ -262,7 +312,15 @@ def test_tables_3_and_4_find_their_runs(tmp_path):
     for method in ("base", "reset", "sam_reset"):
         for ratio in (2, 4):
             script = "plastic_pretrained_finetune.py"
-            write_run(tmp_path, "Pong", f"pretrained_{method}_rr{ratio}", 1, -20.7, script, mode="finetune")
+            write_run(
+                tmp_path,
+                "Pong",
+                f"pretrained_{method}_rr{ratio}",
+                1,
+                -20.7,
+                script,
+                mode="finetune",
+            )
     (document,), _ = table(tmp_path, "--table", "3", "--allow-missing")
     assert [(row["method"], row["runs"], row["IQM, paper"][0]) for row in document["rows"]] == [
         ("RR 2", 1, 0.366), ("RR 2, Reset†", 1, 0.709), ("RR 2, SAM, Reset†", 1, 0.776),
@@ -281,8 +339,14 @@ def test_tables_by_task(tmp_path):
         2,
         1368.6,
     )
-    assert "ln_reset_rr8: no runs of any task" in error and "plastic_rr8: no runs of Amidar, " in error
-    assert (row["EfficientZero, paper"], row["PLASTIC†:8"], row["PLASTIC†:8, runs"]) == (808.5, None, 0)
+    assert (
+        "ln_reset_rr8: no runs of any task" in error and "plastic_rr8: no runs of Amidar, " in error
+    )
+    assert (row["EfficientZero, paper"], row["PLASTIC†:8"], row["PLASTIC†:8, runs"]) == (
+        808.5,
+        None,
+        0,
+    )
     assert len(document["rows"]) == 26
     (document,), _ = table(tmp_path, "--table", "9")
     assert (document["rows"][0]["PLASTIC:8"], document["rows"][0]["PLASTIC:2"]) == (1500, None)
@@ -292,7 +356,10 @@ def test_tables_by_task(tmp_path):
 
 
 def test_the_three_formats(tmp_path, capsys):
-    rows = [{"a": "x", "b": (0.12345, 0.1, 0.2), "c": 1.25}, {"a": "y", "b": (0.5, None, None), "c": None}]
+    rows = [
+        {"a": "x", "b": (0.12345, 0.1, 0.2), "c": 1.25},
+        {"a": "y", "b": (0.5, None, None), "c": None},
+    ]
     report.print_rows("T", rows, 3, "markdown")
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| a | b | c |", "|---|---|---|", "| x | 0.123 [0.100, 0.200] | 1.250 |", "| y | 0.500 |  |", ""
@@ -332,7 +399,9 @@ def test_scores_of_a_spreadsheet(tmp_path):
     assert "base: tasks have different seeds" in error
 
 
-@pytest.mark.parametrize("field", ["env_steps", "seed", "parameters", "mean_return", "wall_clock_seconds"])
+@pytest.mark.parametrize(
+    "field", ["env_steps", "seed", "parameters", "mean_return", "wall_clock_seconds"]
+)
 def test_numbers_that_are_none(tmp_path, field, capsys):
     write_run(tmp_path, "Pong", "base", 1, 1.0)
     (path,) = tmp_path.glob("*/result.json")
@@ -365,11 +434,31 @@ def test_runs_that_cannot_be_put_together(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.choose(report.read_runs([tmp_path / "a"]), "atari", "base")
     assert "differ in replay_ratio: 4 in " in capsys.readouterr().err
-    write_run(tmp_path / "c", "Pong", "ln_reset", 1, 1.0, layer_norm=True, crelu=True, reset_interval=9, sam_rho=0)
+    write_run(
+        tmp_path / "c",
+        "Pong",
+        "ln_reset",
+        1,
+        1.0,
+        layer_norm=True,
+        crelu=True,
+        reset_interval=9,
+        sam_rho=0,
+    )
     with pytest.raises(SystemExit):
         report.choose(report.read_runs([tmp_path / "c"]), "atari", "ln_reset")
     assert "not those of ln_reset" in capsys.readouterr().err
-    write_run(tmp_path / "d", "Pong", "ln_reset", 1, 1.0, layer_norm=True, crelu=False, reset_interval=9, sam_rho=0)
+    write_run(
+        tmp_path / "d",
+        "Pong",
+        "ln_reset",
+        1,
+        1.0,
+        layer_norm=True,
+        crelu=False,
+        reset_interval=9,
+        sam_rho=0,
+    )
     write_run(tmp_path / "d", "Pong", "ln_reset", 2, 1.0, layer_norm=True, crelu=False, reset_interval=9, sam_rho=0,
               device="cuda", torch_threads=3)  # fmt: skip
     assert len(report.choose(report.read_runs([tmp_path / "d"]), "atari", "ln_reset")) == 2
@@ -400,9 +489,20 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     control = dict(script=DMC, steps=2000, action_repeat=2)
     scalars = curves([(500, 90.0), (1000, 300.0)], [(50, 20.0), (100, 40.0), (150, 77.0)])
     write_run(tmp_path, "walker-run", "base", 1, 300.0, scalars=scalars, **control)
-    scalars = curves([(500, 95.0), (1000, 400.0)], [(50, 30.0), (150, 99.0), (750, 98.0), (751, 50.0), (900, 60.0)])
+    scalars = curves(
+        [(500, 95.0), (1000, 400.0)],
+        [(50, 30.0), (150, 99.0), (750, 98.0), (751, 50.0), (900, 60.0)],
+    )
     write_run(tmp_path, "walker-run", "base", 2, 400.0, scalars=scalars, **control)
-    write_run(tmp_path, "reacher-easy", "plastic", 1, 800.0, scalars=curves([(1000, 800.0)], [(150, 99.0)]), **control)
+    write_run(
+        tmp_path,
+        "reacher-easy",
+        "plastic",
+        1,
+        800.0,
+        scalars=curves([(1000, 800.0)], [(150, 99.0)]),
+        **control,
+    )
     assert report.main(report.Args(runs=(tmp_path,), plot=tmp_path)) == 0
     rows = capsys.readouterr().out.splitlines()[4:-1]
     assert rows == [
@@ -415,21 +515,33 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     lines = [line.get_xydata().tolist() for line in walker.get_lines()]
     assert lines[:2] == [[[1.0, 90.0], [2.0, 300.0]], [[1.0, 95.0], [2.0, 400.0]]]
     assert {y for _, y in lines[2]} == {30.0}
-    assert [text.get_text() for text in walker.get_legend().get_texts()] == ["base", "random policy"]
+    assert [text.get_text() for text in walker.get_legend().get_texts()] == [
+        "base",
+        "random policy",
+    ]
     assert len(reacher.get_lines()) == 1
 
 
 def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     def metric(values):
-        return {"plasticity/hessian_max_eigenvalue": [(5000 * (i + 1), v) for i, v in enumerate(values)]}
+        return {
+            "plasticity/hessian_max_eigenvalue": [(5000 * (i + 1), v) for i, v in enumerate(values)]
+        }
 
     write_run(tmp_path, "Pong", "base_metrics", 1, 0.0, scalars=metric([1.0, 4.0]))
     write_run(tmp_path, "Pong", "base_metrics", 2, 0.0, scalars=metric([3.0, 8.0]))
     span = 14.6 + 20.7
-    for i, name in enumerate("base sam sam_reused sam_noiseless sam_rho0.3 base_batch64 plastic sam_head".split()):
+    for i, name in enumerate(
+        "base sam sam_reused sam_noiseless sam_rho0.3 base_batch64 plastic sam_head".split()
+    ):
         write_run(tmp_path, "Pong", name, 1, -20.7 + 0.1 * i * span)
         write_run(tmp_path, "walker-run", name, 1, 100.0 * i, DMC, 2_000_000)
-    assert report.main(report.Args(runs=(tmp_path,), table="1", plot=tmp_path, allow_missing=True, reps=50)) == 0
+    assert (
+        report.main(
+            report.Args(runs=(tmp_path,), table="1", plot=tmp_path, allow_missing=True, reps=50)
+        )
+        == 0
+    )
     assert set(figures) == {
         "figure1.png", "figure2.png", "figure4.png", "figure5.png", "figure6.png", "intervals_atari.png",
         "intervals_dmc.png",
@@ -439,7 +551,10 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     assert len(figures["figure4.png"].axes[1].get_lines()) == 0
 
     def heights(figure):
-        return {axis.get_title(): [bar.get_height() for bar in axis.patches] for axis in figures[figure].axes}
+        return {
+            axis.get_title(): [bar.get_height() for bar in axis.patches]
+            for axis in figures[figure].axes
+        }
 
     expected = {
         "noise in SAM's passes": [0, 0.1, 0.2, 0.3],
@@ -452,9 +567,16 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
         "rho": pytest.approx([0, 0.1, 0.4], abs=1e-6), "batch size, base": pytest.approx([0, 0.5], abs=1e-6)
     }  # fmt: skip
     (right,) = figures["figure2.png"].axes
-    points = {text.get_text(): line.get_xydata()[0] for text, line in zip(right.texts, right.get_lines(), strict=True)}
+    points = {
+        text.get_text(): line.get_xydata()[0]
+        for text, line in zip(right.texts, right.get_lines(), strict=True)
+    }
     assert points["SAM"] == pytest.approx([0.1, 100], abs=1e-6)
-    ours = [line for line in figures["figure1.png"].axes[0].get_lines() if line.get_label() == "PLASTIC, ours"]
+    ours = [
+        line
+        for line in figures["figure1.png"].axes[0].get_lines()
+        if line.get_label() == "PLASTIC, ours"
+    ]
     assert ours[0].get_xydata().tolist() == [pytest.approx([2.0, 0.6])]
 
 
@@ -487,7 +609,9 @@ def test_policies_that_learn_nothing_measured_apart(tmp_path, capsys, figures):
 def test_a_run_named_so_that_learns_is_a_run(tmp_path, capsys, name):
     write_run(tmp_path, "Pong", name, 1, -20.0, eval_epsilon=0.001)
     assert report.main(report.Args(runs=(tmp_path,))) == 0
-    assert capsys.readouterr().out.splitlines()[4:-1] == [f"| Pong | {name} | 100,000 |  |  |  | -20.0 | 1 |  | 2.0 |"]
+    assert capsys.readouterr().out.splitlines()[4:-1] == [
+        f"| Pong | {name} | 100,000 |  |  |  | -20.0 | 1 |  | 2.0 |"
+    ]
 
 
 def test_policies_that_learn_nothing_alone_are_no_report(tmp_path, capsys):
@@ -530,7 +654,10 @@ def test_plasticity_metrics_by_hand(tmp_path, capsys):
     write_run(tmp_path, "Pong", "base_metrics", 2, 0.0, scalars=scalars)
     write_run(tmp_path, "Pong", "sam", 1, 0.0)  # has none
     assert report.main(report.Args(runs=(tmp_path,))) == 0
-    assert capsys.readouterr().out.splitlines()[-2] == "| Pong | base_metrics | 100,000 | 2 | 2.5 | 0.25 |  |"
+    assert (
+        capsys.readouterr().out.splitlines()[-2]
+        == "| Pong | base_metrics | 100,000 | 2 | 2.5 | 0.25 |  |"
+    )
 
 
 # --- The reports of a Markdown file -----------------------------------------------------------------------------------
@@ -542,7 +669,9 @@ def test_reports_in_a_file_are_made_anew(tmp_path, capsys):
     block = "<!-- report.py {} -->\n{}\n<!-- end of report -->\n"
     readme = tmp_path / "README.md"
     flags = [f"{tmp_path / 'one'} --format csv", f"{tmp_path / 'two'} --format csv"]
-    readme.write_text("a\n" + block.format(flags[0], "old") + "b\n" + block.format(flags[1], "") + "c\n")
+    readme.write_text(
+        "a\n" + block.format(flags[0], "old") + "b\n" + block.format(flags[1], "") + "c\n"
+    )
     for _ in range(2):  # the second time changes nothing
         assert report.main(report.Args(readme=readme)) == 0
         tables = [
@@ -551,7 +680,13 @@ def test_reports_in_a_file_are_made_anew(tmp_path, capsys):
             f'Pong,base,"100,000",,,,{score},1,-8.8,2.0\n'
             for score in (1.2, 2.5)
         ]
-        expected = "a\n" + block.format(flags[0], tables[0]) + "b\n" + block.format(flags[1], tables[1]) + "c\n"
+        expected = (
+            "a\n"
+            + block.format(flags[0], tables[0])
+            + "b\n"
+            + block.format(flags[1], tables[1])
+            + "c\n"
+        )
         assert readme.read_text() == expected
     assert capsys.readouterr().out == ""
 
@@ -580,7 +715,9 @@ def test_a_file_whose_reports_cannot_be_made_stays(tmp_path, text, capsys):
 def test_a_link_and_line_ends_of_a_file_stay(tmp_path):
     write_run(tmp_path / "runs", "Pong", "base", 1, 0.0)
     file, link = tmp_path / "file.md", tmp_path / "link.md"
-    file.write_bytes(f"\ufeffa\r\n<!-- report.py {tmp_path / 'runs'} -->\r\n<!-- end of report -->\r\n".encode())
+    file.write_bytes(
+        f"\ufeffa\r\n<!-- report.py {tmp_path / 'runs'} -->\r\n<!-- end of report -->\r\n".encode()
+    )
     link.symlink_to(file)
     assert report.main(report.Args(readme=link)) == 0
     assert link.is_symlink()
@@ -605,7 +742,10 @@ def test_a_refused_aggregate_in_a_file(tmp_path, capsys):
     write_run(tmp_path / "runs", "Pong", "base", 1, 0.0)
     readme = tmp_path / "README.md"
     block = "<!-- report.py {} -->\nold\n<!-- end of report -->\n"
-    readme.write_text(block.format(f"{tmp_path / 'runs'} --table 1") + block.format(f"{tmp_path / 'runs'} --table 7"))
+    readme.write_text(
+        block.format(f"{tmp_path / 'runs'} --table 1")
+        + block.format(f"{tmp_path / 'runs'} --table 7")
+    )
     assert report.main(report.Args(readme=readme)) == 1
     assert "old" not in readme.read_text()
     with pytest.raises(SystemExit) as exit_info:

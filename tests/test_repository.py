@@ -52,9 +52,16 @@ PACKAGE_OF_MODULE = {"PIL": "pillow", "dm_control": "dm-control"}
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_header_names_what_the_script_imports(script):
     tree = ast.parse(script.read_text())
-    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    packages = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"wandb"}
+    packages = (
+        {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"wandb"}
+    )
     packages = {PACKAGE_OF_MODULE.get(package, package) for package in packages}
     packages |= {"tensorboard"}  # of torch.utils.tensorboard
     if "dm-control" in packages:
@@ -95,14 +102,24 @@ def test_readme_names_only_flags_that_exist():
     import plastic_pretrained_finetune as finetune
     import synth_cifar_plasticity as synth
 
-    names = [name for script in (atari, dmc, finetune, synth) for name in script.Args.__dataclass_fields__]
+    names = [
+        name
+        for script in (atari, dmc, finetune, synth)
+        for name in script.Args.__dataclass_fields__
+    ]
     fields = {"--" + name.replace("_", "-") for name in names}
     fields |= {flag.replace("--", "--no-", 1) for flag in fields}
     elsewhere = "--help --logdir --json --script --plot --rounds --model"  # of tyro, TensorBoard and benchmark/
     elsewhere += " --no-mps --partition --jobs --per-gpu --time --dry-run --table --scores --allow-missing --readme"
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert flags - set(elsewhere.split()) <= fields
-    interventions = {"--layer-norm", "--crelu", "--sam-rho", "--reset-interval", "--shrink-perturb-alpha"}
+    interventions = {
+        "--layer-norm",
+        "--crelu",
+        "--sam-rho",
+        "--reset-interval",
+        "--shrink-perturb-alpha",
+    }
     assert interventions <= flags
 
 
@@ -115,6 +132,8 @@ def test_readme_names_only_functions_that_exist():
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             defined.add(node.name)
         if isinstance(node, ast.ClassDef):
-            defined |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+            defined |= {
+                f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)
+            }
     assert len(names) > 10
     assert set(names) <= defined

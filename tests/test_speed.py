@@ -74,27 +74,70 @@ def test_a_quick_run_writes_all_figures(tmp_path):
     assert figures["torch"] == torch.__version__
     methods = figures["plastic_drq_rainbow_atari.py"]
     others = ["two products", "contiguous", "loop Adam", "plain"]
-    assert list(methods) == ["base", *(f"base, {o}" for o in others), "PLASTIC†", "PLASTIC", "PLASTIC, plain"]
+    assert list(methods) == [
+        "base",
+        *(f"base, {o}" for o in others),
+        "PLASTIC†",
+        "PLASTIC",
+        "PLASTIC, plain",
+    ]
     for name, figure in methods.items():
         parts = figure["parts_ms"]
-        assert set(parts) >= {"sample", "augment", "td_target", "forward", "backward", "optimizer", "ema", "other"}
+        assert set(parts) >= {
+            "sample",
+            "augment",
+            "td_target",
+            "forward",
+            "backward",
+            "optimizer",
+            "ema",
+            "other",
+        }
         assert ("sam" in parts) == (name.startswith("PLASTIC") and "†" not in name)
         assert all(ms > 0 for ms in parts.values())
         assert figure["floor_ms"] > 0
-        assert 0.7 < figure["memory_gib"] < 1.5  # 0.66 GiB of frames, 0.13 of 7 million floats five times
+        assert (
+            0.7 < figure["memory_gib"] < 1.5
+        )  # 0.66 GiB of frames, 0.13 of 7 million floats five times
         hours = 100_000 * (figure["act_ms"] + figure["env_step_ms"]) + 196_002 * figure["update_ms"]
         assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
     methods = figures["plastic_drq_sac_dmc.py"]
     assert list(methods) == ["base", "PLASTIC", "PLASTIC, fast rendering"]
     for figure in methods.values():
-        names = {"sample", "augment", "td_target", "gradients", "optimizers", "ema", "undo", "other"}
+        names = {
+            "sample",
+            "augment",
+            "td_target",
+            "gradients",
+            "optimizers",
+            "ema",
+            "undo",
+            "other",
+        }
         assert set(figure["parts_ms"]) == names
-        hours = 1_000_000 * (figure["act_ms"] + figure["env_step_ms"]) + 999_001 * figure["update_ms"]
+        hours = (
+            1_000_000 * (figure["act_ms"] + figure["env_step_ms"]) + 999_001 * figure["update_ms"]
+        )
         assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
     methods = figures["plastic_pretrained_finetune.py"]
-    assert list(methods) == ["base", "SAM, Reset†", *(f"base, {o}" for o in ("each pass", "contiguous", "not frozen"))]
+    assert list(methods) == [
+        "base",
+        "SAM, Reset†",
+        *(f"base, {o}" for o in ("each pass", "contiguous", "not frozen")),
+    ]
     for figure in methods.values():
-        parts = {"sample", "augment", "encoder", "head", "noise", "backward", "optimizer", "ema", "priorities", "other"}
+        parts = {
+            "sample",
+            "augment",
+            "encoder",
+            "head",
+            "noise",
+            "backward",
+            "optimizer",
+            "ema",
+            "priorities",
+            "other",
+        }
         assert set(figure["parts_ms"]) == parts | {"clip"}
         hours = 100_000 * (figure["act_ms"] + figure["env_step_ms"]) + 196_002 * figure["update_ms"]
         assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
@@ -109,7 +152,13 @@ def test_a_quick_run_writes_all_figures(tmp_path):
 
 
 VARIANTS = {
-    "atari": ["base, two products", "base, contiguous", "base, loop Adam", "base, plain", "PLASTIC, plain"],
+    "atari": [
+        "base, two products",
+        "base, contiguous",
+        "base, loop Adam",
+        "base, plain",
+        "PLASTIC, plain",
+    ],
     "finetune": ["base, each pass", "base, contiguous"],
 }
 

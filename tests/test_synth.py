@@ -44,8 +44,19 @@ def data_dir(tmp_path):
 
 
 def make_args(data_dir, **flags):
-    small = dict(num_seeds=2, num_stages=4, updates_per_stage=6, batch_size=8, reset_interval=2, log_interval=4)
-    flags = dict(device="cpu", data_dir=data_dir, run_dir=data_dir.parent / "runs", exp_name="x") | small | flags
+    small = dict(
+        num_seeds=2,
+        num_stages=4,
+        updates_per_stage=6,
+        batch_size=8,
+        reset_interval=2,
+        log_interval=4,
+    )
+    flags = (
+        dict(device="cpu", data_dir=data_dir, run_dir=data_dir.parent / "runs", exp_name="x")
+        | small
+        | flags
+    )
     return synth.resolve(synth.Args(**flags))
 
 
@@ -81,7 +92,9 @@ def test_the_official_files_were_pickled_by_an_older_numpy(data_dir):
     assert b"numpy._core.multiarray" in data
     # In protocol 4, a short string carries its length in a byte, and a frame its length in eight.
     batch = pickle.loads(data)
-    old = pickle.dumps(batch, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    old = pickle.dumps(batch, protocol=2).replace(
+        b"numpy._core.multiarray", b"numpy.core.multiarray"
+    )
     path.write_bytes(old)
     images, labels = synth.read_batch(path)
     assert np.array_equal(images.reshape(-1, 3072), batch[b"data"])
@@ -104,15 +117,26 @@ BAD_FILES = {
     "an array of objects for labels": lambda path: path.write_bytes(
         pickle.dumps({b"labels": Pointers(), b"data": np.zeros((40, 3072), np.uint8)})
     ),
-    "an array of objects": lambda path: path.write_bytes(pickle.dumps({b"labels": [1] * 40, b"data": Pointers()})),
+    "an array of objects": lambda path: path.write_bytes(
+        pickle.dumps({b"labels": [1] * 40, b"data": Pointers()})
+    ),
     "images column by column": lambda path: path.write_bytes(
         pickle.dumps(
-            {b"labels": [1] * 40, b"data": np.asfortranarray(np.arange(40 * 3072).reshape(40, -1) % 256, np.uint8)}
+            {
+                b"labels": [1] * 40,
+                b"data": np.asfortranarray(np.arange(40 * 3072).reshape(40, -1) % 256, np.uint8),
+            }
         )
     ),
-    "no images": lambda path: path.write_bytes(pickle.dumps({b"labels": [], b"data": np.zeros((0, 3072), np.uint8)})),
-    "a crafted pickle": lambda path: path.write_bytes(pickle.dumps({b"labels": [1], b"data": Evil()})),
-    "a crafted array": lambda path: path.write_bytes(pickle.dumps({b"data": np.array([Evil()], dtype=object)})),
+    "no images": lambda path: path.write_bytes(
+        pickle.dumps({b"labels": [], b"data": np.zeros((0, 3072), np.uint8)})
+    ),
+    "a crafted pickle": lambda path: path.write_bytes(
+        pickle.dumps({b"labels": [1], b"data": Evil()})
+    ),
+    "a crafted array": lambda path: path.write_bytes(
+        pickle.dumps({b"data": np.array([Evil()], dtype=object)})
+    ),
     "a truncated file": lambda path: path.write_bytes(path.read_bytes()[:5000]),
     "an empty file": lambda path: path.write_bytes(b""),
     "a text": lambda path: path.write_text("<html>404</html>"),
@@ -120,15 +144,21 @@ BAD_FILES = {
     "labels out of range": lambda path: path.write_bytes(
         pickle.dumps({b"labels": [10], b"data": np.zeros((1, 3072), np.uint8)})
     ),
-    "another shape": lambda path: path.write_bytes(pickle.dumps({b"labels": [1], b"data": np.zeros((1, 9), np.uint8)})),
-    "another type": lambda path: path.write_bytes(pickle.dumps({b"labels": [1], b"data": np.zeros((1, 3072))})),
+    "another shape": lambda path: path.write_bytes(
+        pickle.dumps({b"labels": [1], b"data": np.zeros((1, 9), np.uint8)})
+    ),
+    "another type": lambda path: path.write_bytes(
+        pickle.dumps({b"labels": [1], b"data": np.zeros((1, 3072))})
+    ),
     "nothing": lambda path: path.unlink(),
     "a directory": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_file_that_is_not_cifar_gets_one_line_and_runs_no_code(data_dir, capsys, kind, monkeypatch):
+def test_a_file_that_is_not_cifar_gets_one_line_and_runs_no_code(
+    data_dir, capsys, kind, monkeypatch
+):
     monkeypatch.chdir(data_dir)
     BAD_FILES[kind](data_dir / "cifar-10-batches-py" / "data_batch_2")
     with pytest.raises(SystemExit) as exit_info:
@@ -183,7 +213,9 @@ def test_a_download_is_checked_and_appears_whole_or_not_at_all(tmp_path, monkeyp
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Connection reset" in error and "--data-dir" in error
     assert list((tmp_path / "data").iterdir()) == []
-    monkeypatch.setattr(synth.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Response(archive))
+    monkeypatch.setattr(
+        synth.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Response(archive)
+    )
     args = make_args(tmp_path / "data")
     with pytest.raises(SystemExit):
         synth.load_cifar10(args)
@@ -256,8 +288,14 @@ def test_layer_norm_by_sample_is_group_norm_with_one_group():
         # 3*3*3*32+32, 3*3*32*64+64, 3*3*64*64+64; 64*512+512, 512*128+128, 128*10+10
         (BASE, 896 + 18496 + 36928 + 33280 + 65664 + 1290),
         (BASE | dict(layer_norm=True), 896 + 18496 + 36928 + 2 * 160 + 33280 + 65664 + 1290),
-        (BASE | dict(crelu=True), 896 + 18496 + 36928 + 33280 + (1024 * 128 + 128) + (256 * 10 + 10)),
-        (BASE | dict(conv_strides=(3, 1, 1)), 896 + 18496 + 36928 + (2304 * 512 + 512) + 65664 + 1290),
+        (
+            BASE | dict(crelu=True),
+            896 + 18496 + 36928 + 33280 + (1024 * 128 + 128) + (256 * 10 + 10),
+        ),
+        (
+            BASE | dict(conv_strides=(3, 1, 1)),
+            896 + 18496 + 36928 + (2304 * 512 + 512) + 65664 + 1290,
+        ),
     ],
 )
 def test_parameters_counted_by_hand(data_dir, flags, parameters):
@@ -293,9 +331,13 @@ def in_double(replicas):
     """In double precision a ReLU's input does not fall on the other side of zero by a rounding error."""
     for name in ("weights", "momentum"):
         setattr(replicas, name, getattr(replicas, name).double())
-    settings = torch.tensor(replicas.settings, dtype=torch.float64).repeat_interleave(len(replicas.seeds), 0)
+    settings = torch.tensor(replicas.settings, dtype=torch.float64).repeat_interleave(
+        len(replicas.seeds), 0
+    )
     replicas.learning_rate, replicas.weight_decay = settings.split(1, dim=1)
-    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (synth.MEAN, synth.STD))
+    mean, std = (
+        torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (synth.MEAN, synth.STD)
+    )
     replicas.mean, replicas.std = 255 * mean, 255 * std
     return replicas
 
@@ -309,7 +351,10 @@ def plain_loop(data_dir, args, seed, learning_rate, weight_decay, stage, num_upd
         network.parameters(), lr=learning_rate, momentum=args.momentum, weight_decay=weight_decay
     )
     mean, std = (np.array(x).reshape(3, 1, 1) for x in (synth.MEAN, synth.STD))
-    batches, mapping = synth.stage_batches(seed, stage, len(images), args), synth.stage_labels(seed, stage, args)
+    batches, mapping = (
+        synth.stage_batches(seed, stage, len(images), args),
+        synth.stage_labels(seed, stage, args),
+    )
     losses = []
     for index in batches[:num_updates]:
         x = torch.from_numpy((images[index] / 255 - mean) / std)
@@ -334,7 +379,9 @@ def plain_loop(data_dir, args, seed, learning_rate, weight_decay, stage, num_upd
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", ["input", "label"])
 def test_every_replica_equals_a_plain_loop(data_dir, grouping, method, task):
-    flags = METHODS[method] | dict(task=task, learning_rate=(0.03, 0.01), weight_decay=(0.1, 0.0), first_seed=5)
+    flags = METHODS[method] | dict(
+        task=task, learning_rate=(0.03, 0.01), weight_decay=(0.1, 0.0), first_seed=5
+    )
     replicas = in_double(make_replicas(data_dir, **flags))
     losses = torch.stack([replicas.update() for _ in range(4)])
     replica = 0
@@ -364,7 +411,9 @@ def test_sam_uses_the_norm_of_each_replica(data_dir, grouping):
 
 
 @pytest.mark.parametrize("sam_rho", [0.0, 0.1])
-def test_a_replica_whose_gradient_is_not_finite_is_skipped_and_the_others_are_not(data_dir, grouping, sam_rho):
+def test_a_replica_whose_gradient_is_not_finite_is_skipped_and_the_others_are_not(
+    data_dir, grouping, sam_rho
+):
     whole, broken = (make_replicas(data_dir, num_seeds=3, sam_rho=sam_rho) for _ in range(2))
     broken.weights[1, -3000] = torch.inf  # a weight of the head
     before = broken.weights[1].clone()
@@ -375,13 +424,19 @@ def test_a_replica_whose_gradient_is_not_finite_is_skipped_and_the_others_are_no
     assert torch.equal(broken.weights[1], before)
     assert not broken.momentum[1].any()
     for replica in (0, 2):
-        torch.testing.assert_close(broken.weights[replica], whole.weights[replica], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            broken.weights[replica], whole.weights[replica], rtol=1e-5, atol=1e-7
+        )
 
 
 def test_a_reset_renews_the_fully_connected_layers_and_their_momentum_only(data_dir):
     replicas = make_replicas(data_dir, learning_rate=(0.1, 0.01), layer_norm_scope="all")
     replicas.update()
-    weights, momentum, pointer = replicas.weights.clone(), replicas.momentum.clone(), replicas.weights.data_ptr()
+    weights, momentum, pointer = (
+        replicas.weights.clone(),
+        replicas.momentum.clone(),
+        replicas.weights.data_ptr(),
+    )
     replicas.reset_heads(2)
     assert replicas.weights.data_ptr() == pointer
     start = 0
@@ -396,7 +451,9 @@ def test_a_reset_renews_the_fully_connected_layers_and_their_momentum_only(data_
         assert not torch.equal(new, weights[:, columns])
         assert torch.equal(new[:2], new[2:])  # the same for each seed, whatever the setting
         if w.ndim == 2:
-            bound = w.shape[1] ** -0.5  # PyTorch's initialisation of a linear layer is uniform within
+            bound = (
+                w.shape[1] ** -0.5
+            )  # PyTorch's initialisation of a linear layer is uniform within
             assert not torch.equal(new[0], new[1])
             assert 0.9 * bound < new.abs().max() <= bound
     weights = replicas.weights.clone()
@@ -425,7 +482,9 @@ def test_accuracy_by_hand(data_dir, grouping):
         mapping = synth.stage_labels(seed, 0, replicas.args)
         for x, y, accuracy in ((images, labels, train), (test_images, test_labels, test)):
             predicted = network(replicas.standardise(torch.from_numpy(x))).argmax(1).numpy()
-            assert accuracy[replica] == pytest.approx(np.mean(predicted == mapping[y]), abs=0.011)  # a tie or two
+            assert accuracy[replica] == pytest.approx(
+                np.mean(predicted == mapping[y]), abs=0.011
+            )  # a tie or two
 
 
 def test_the_images_measured_are_drawn_from_all_that_the_stage_trains_on(data_dir, monkeypatch):
@@ -452,7 +511,9 @@ def test_metrics_are_those_of_each_replicas_own_network_images_and_labels(data_d
     for replica, seed in enumerate((1, 2, 1, 2)):
         network = synth.Network(replicas.args)
         torch.nn.utils.vector_to_parameters(replicas.weights[replica].clone(), network.parameters())
-        index = synth.stage_batches(seed, 0, len(images), replicas.args).flatten()  # 48, fewer than 512
+        index = synth.stage_batches(
+            seed, 0, len(images), replicas.args
+        ).flatten()  # 48, fewer than 512
         x = replicas.standardise(torch.from_numpy(images[index]))
         hidden = [F.relu(network.head[0](network.backbone(x)))]
         hidden.append(F.relu(network.head[2](hidden[0])))
@@ -462,7 +523,9 @@ def test_metrics_are_those_of_each_replicas_own_network_images_and_labels(data_d
         # Power iteration on the Hessian, shifted so that its largest eigenvalue is the largest in size.
         parameters = list(network.parameters())
         loss = F.cross_entropy(network(x[:32]), y)
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+        gradient = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+        )
         vector, shift = torch.randn(len(gradient), generator=torch.Generator().manual_seed(9)), 1.0
         for _ in range(400):
             vector = vector / vector.norm()
@@ -470,7 +533,9 @@ def test_metrics_are_those_of_each_replicas_own_network_images_and_labels(data_d
             product = torch.cat([g.flatten() for g in product])
             eigenvalue = (vector @ product).item()
             vector = product + shift * vector
-        assert metrics["hessian_max_eigenvalue"][replica] == pytest.approx(eigenvalue, rel=0.02, abs=0.02)
+        assert metrics["hessian_max_eigenvalue"][replica] == pytest.approx(
+            eigenvalue, rel=0.02, abs=0.02
+        )
 
 
 def test_a_metric_that_is_not_finite_is_none(data_dir):
@@ -500,16 +565,27 @@ def result_of(args):
 def scalars(run_dir):
     events = EventAccumulator(str(run_dir), purge_orphaned_data=False)
     events.Reload()
-    return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    return {
+        tag: sorted((e.step, e.value) for e in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
+    }
 
 
 @pytest.mark.parametrize("task", ["input", "label"])
 def test_seeds_in_one_process_give_what_processes_of_their_own_give(data_dir, task):
-    together = make_args(data_dir, task=task, num_seeds=3, first_seed=7, learning_rate=(0.05, 0.01), num_stages=3)
+    together = make_args(
+        data_dir, task=task, num_seeds=3, first_seed=7, learning_rate=(0.05, 0.01), num_stages=3
+    )
     synth.run(together, synth.Stop())
     for i, seed in enumerate((7, 8, 9)):
         for j, learning_rate in enumerate((0.05, 0.01)):
-            flags = dict(task=task, num_seeds=1, first_seed=seed, learning_rate=(learning_rate,), num_stages=3)
+            flags = dict(
+                task=task,
+                num_seeds=1,
+                first_seed=seed,
+                learning_rate=(learning_rate,),
+                num_stages=3,
+            )
             alone = make_args(data_dir, exp_name=f"alone_{j}", **flags)
             synth.run(alone, synth.Stop())
             for key in ("test_accuracy", "train_accuracy"):
@@ -518,7 +594,13 @@ def test_seeds_in_one_process_give_what_processes_of_their_own_give(data_dir, ta
 
 
 def test_a_run_learns_and_its_result_is_complete(data_dir):
-    flags = dict(learning_rate=(0.02, 1e-6), updates_per_stage=40, metrics_interval=2, num_seeds=3, reset_interval=0)
+    flags = dict(
+        learning_rate=(0.02, 1e-6),
+        updates_per_stage=40,
+        metrics_interval=2,
+        num_seeds=3,
+        reset_interval=0,
+    )
     args = make_args(data_dir, **flags)
     synth.run(args, synth.Stop())
     result = result_of(args)
@@ -535,7 +617,12 @@ def test_a_run_learns_and_its_result_is_complete(data_dir):
     assert low <= result["final_accuracy_mean"] <= high
     assert [one["stage"] for one in result["metrics"]] == [1, 3]
     names = {"hessian_max_eigenvalue", "active_units/backbone", "active_units/head"}
-    assert all(len(one[name]) == 3 for setting in result["sweep"] for one in setting["metrics"] for name in names)
+    assert all(
+        len(one[name]) == 3
+        for setting in result["sweep"]
+        for one in setting["metrics"]
+        for name in names
+    )
     assert result["metrics"] == result["sweep"][0]["metrics"] != result["sweep"][1]["metrics"]
     run_dir = args.run_dir / "input__x__1-3"
     logged = scalars(run_dir)
@@ -610,7 +697,9 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(data_dir, stopping, 
 
 def test_a_signal_during_an_evaluation_ends_it_at_once_and_loses_nothing(data_dir, monkeypatch):
     stop, args = synth.Stop(), make_args(data_dir)
-    monkeypatch.setattr(synth.Replicas, "evaluate", lambda self, stage: stop.request(signal.SIGTERM))
+    monkeypatch.setattr(
+        synth.Replicas, "evaluate", lambda self, stage: stop.request(signal.SIGTERM)
+    )
     with pytest.raises(SystemExit) as exit_info:
         synth.run(args, stop)
     assert exit_info.value.code == 143
@@ -662,7 +751,9 @@ def test_which_runs_are_refused_continued_or_left_alone(data_dir, stopping, caps
     assert "--momentum 0.9" in refused(resume=True, momentum=0.5)
     assert "--conv-strides 3 3 1;" in refused(resume=True, conv_strides=(3, 1, 1))
     capsys.readouterr()
-    stopping(make_args(data_dir.parent / "nowhere", run_dir=args.run_dir, resume=True, download=False))
+    stopping(
+        make_args(data_dir.parent / "nowhere", run_dir=args.run_dir, resume=True, download=False)
+    )
     assert capsys.readouterr().out == f"{run_dir}: finished already\n"
     stopping(make_args(data_dir, overwrite=True))
     assert result_of(args)["resumed_at"] == []
@@ -676,12 +767,16 @@ def test_a_diverged_run_goes_on_and_its_result_is_json(data_dir, stopping):
     tensors = stopping(args, done=14)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     text = (args.run_dir / "input__x__1-2" / "result.json").read_text()
-    result = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    result = json.loads(
+        text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON")
+    )
     assert result["resumed_at"] == [14]
     assert min(result["sweep"][0]["skipped_updates"]) > 0
 
 
-def test_memory_that_runs_out_while_a_checkpoint_is_read_is_no_foreign_file(data_dir, stopping, monkeypatch, capsys):
+def test_memory_that_runs_out_while_a_checkpoint_is_read_is_no_foreign_file(
+    data_dir, stopping, monkeypatch, capsys
+):
     args = make_args(data_dir, resume=True)
     with pytest.raises(SystemExit):
         stopping(args, 9)
@@ -693,7 +788,10 @@ def test_memory_that_runs_out_while_a_checkpoint_is_read_is_no_foreign_file(data
 
         return raise_it
 
-    for error in (MemoryError(), RuntimeError("unable to mmap 1024 bytes: Cannot allocate memory (12)")):
+    for error in (
+        MemoryError(),
+        RuntimeError("unable to mmap 1024 bytes: Cannot allocate memory (12)"),
+    ):
         monkeypatch.setattr(synth.torch, "load", load(error))
         with pytest.raises(type(error)):
             stopping(args)
@@ -705,7 +803,16 @@ def test_memory_that_runs_out_while_a_checkpoint_is_read_is_no_foreign_file(data
 
 def start(data_dir, *flags):
     small = "--num-seeds 2 --num-stages 4 --updates-per-stage 200 --batch-size 8 --torch-threads 1 --exp-name x".split()
-    command = [sys.executable, str(SCRIPT), "--data-dir", str(data_dir), "--device", "cpu", *small, *flags]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--data-dir",
+        str(data_dir),
+        "--device",
+        "cpu",
+        *small,
+        *flags,
+    ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=data_dir.parent, **pipes)
 
@@ -714,9 +821,16 @@ def test_a_real_run_is_killed_stopped_and_continued(data_dir):
     run_dir = data_dir.parent / "runs/input__x__1-2"
     for signum, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = start(data_dir, "--resume", "--checkpoint-interval", "10", "--num-stages", "100")
-        before = (run_dir / "checkpoint.pth").stat().st_mtime_ns if (run_dir / "checkpoint.pth").exists() else 0
+        before = (
+            (run_dir / "checkpoint.pth").stat().st_mtime_ns
+            if (run_dir / "checkpoint.pth").exists()
+            else 0
+        )
         end = time.monotonic() + 60
-        while not (run_dir / "checkpoint.pth").exists() or (run_dir / "checkpoint.pth").stat().st_mtime_ns == before:
+        while (
+            not (run_dir / "checkpoint.pth").exists()
+            or (run_dir / "checkpoint.pth").stat().st_mtime_ns == before
+        ):
             assert process.poll() is None and time.monotonic() < end, process.communicate()
             time.sleep(0.01)
         process.send_signal(signum)
@@ -748,7 +862,9 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_a_flag_that_makes_no_sense_ends_with_code_2_and_says_so(flags, capsys, tmp_path, monkeypatch):
+def test_a_flag_that_makes_no_sense_ends_with_code_2_and_says_so(
+    flags, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_info:
         synth.resolve(tyro.cli(synth.Args, args=flags.split()))
