@@ -1,31 +1,41 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "numpy==2.4.6", "envpool==1.2.5", "gymnasium==1.4.0",
-#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0",
+#     "torch==2.13.0", "numpy==2.4.6", "envpool==1.2.5", "gymnasium==1.4.0", "tyro==1.0.17",
+#     "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0", "filelock==4.3.1",
 # ]
 # ///
 r"""PLASTIC on DrQ-Rainbow for Atari-100k, in one file.
 
-Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning" (NeurIPS 2023),
-sections 4.2 and 4.3, appendices A.3 and B.2 (Algorithm 1, Table 5).
+Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning"
+(NeurIPS 2023), sections 4.2 and 4.3, appendices A.3 and B.2 (Algorithm 1, Table 5).
 
-    python plastic_drq_rainbow_atari.py --env-id Alien                                               # PLASTIC
-    python plastic_drq_rainbow_atari.py --env-id Alien --exp-name dagger --no-crelu --sam-rho 0      # PLASTIC†
-    python plastic_drq_rainbow_atari.py --env-id Alien --exp-name base --no-crelu --sam-rho 0 --no-layer-norm \
-        --reset-interval 0                                                                           # base
+PLASTIC, PLASTIC† and the base that they stand on:
 
-Where it departs from the paper's text (README.md compares the paper, the authors' release and this file):
-- Adam's epsilon is 1.5e-4; the paper's 0.000015 is a digit slip.                              --adam-eps
-- LayerNorm in the backbone only, as the main text says; appendix A.3 adds the FC layers.      --layer-norm-scope
-- CReLU in the head only: the one reading that gives the paper's 7.2M parameters.              --crelu-scope
-- Shrink & Perturb is off below replay ratio 4, where section 4.3 finds that it hurts.       --shrink-perturb-alpha
-- Algorithm 1 shows an epsilon-greedy DQN for brevity; acting is by the noisy target network, as Table 5 says.
+    python plastic_drq_rainbow_atari.py --env-id Alien
+    python plastic_drq_rainbow_atari.py --env-id Alien --exp-name dagger --no-crelu --sam-rho 0
+    python plastic_drq_rainbow_atari.py --env-id Alien --exp-name base --no-crelu --sam-rho 0 \
+        --no-layer-norm --reset-interval 0
+
+Read Agent.update first, which is Algorithm 1 from line 8 on, then train, the loop around it.
+QNetwork is backbone and head, with LayerNorm and CReLU. ReplayBuffer makes transitions of frames.
+The other interventions are sam_perturbed, reset_head and shrink_and_perturb.
+Two clocks tick: steps of the environment (4 frames each) and gradient updates. Resets count
+updates: 40,000 of them are 20,000 steps at replay ratio 2.
+
+Where it departs from the paper's text (README.md has the paper, the release and this file):
+- Adam's epsilon is 1.5e-4: the paper's 0.000015 is a digit slip (--adam-eps).
+- LayerNorm is in the backbone alone, as the main text has it; appendix A.3 adds the fully
+  connected layers (--layer-norm-scope).
+- CReLU is in the head alone: the one reading with the paper's 7.2M parameters (--crelu-scope).
+- Shrink & Perturb is off below replay ratio 4, where section 4.3 finds that it hurts
+  (--shrink-perturb-alpha).
+- Algorithm 1 shows an epsilon-greedy DQN for brevity; here the noisy target network acts, as
+  Table 5 says.
 """
 
 import copy
 import difflib
-import fcntl
 import json
 import math
 import os
@@ -33,16 +43,13 @@ import platform
 import signal
 import subprocess
 import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, NoReturn
-from zipfile import ZipFile
+from typing import BinaryIO, Literal, NamedTuple
 
 import envpool
 import numpy as np
@@ -50,39 +57,41 @@ import torch
 import torch.nn.functional as F
 import tyro
 from envpool.atari.registration import atari_game_list
+from filelock import FileLock, Timeout
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FRAME_STACK = 4
-GAMES = {"".join(word.capitalize() for word in game.split("_")) for game in atari_game_list}
-MAX_SKIPPED_IN_A_ROW = 100  # updates with a non-finite gradient, after which a run gives up
-CHECKPOINT_VERSION = 1  # to be raised when what a checkpoint holds changes
+GAMES = sorted("".join(word.capitalize() for word in game.split("_")) for game in atari_game_list)
+
+
+# --- Args -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
     """PLASTIC on DrQ-Rainbow for Atari-100k. The defaults are PLASTIC at replay ratio 2."""
 
-    # fmt: off
     # Run
     env_id: str = "Alien"  # Atari game, by EnvPool's name without the version
     seed: int = 1  # seed of the networks, the exploration, the sampling and the environment
     exp_name: str = "plastic_drq_rainbow_atari"  # name of this setting, part of the run's directory
-    run_dir: Path = Path("runs")  # where run directories are made: <run-dir>/<env-id>__<exp-name>__<seed>
+    run_dir: str = "runs"  # where run directories are made: <run-dir>/<env-id>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = CUDA where there is one
-    cuda_graph: bool = True  # run the update and the choice of an action as CUDA graphs (without effect on the CPU)
+    cuda_graph: bool = True  # update and choice of an action as CUDA graphs (no effect on the CPU)
     torch_threads: int = 0  # PyTorch's CPU threads (0 = its own choice, at most 8)
-    resume: bool = False  # continue an unfinished run, start where there is none, leave a finished one as it is
-    checkpoint_interval: Literal["auto"] | int = "auto"  # interactions between checkpoints (auto = 5 minutes, 0 = off)
+    resume: bool = False  # continue an unfinished run, begin a new one, leave a finished one alone
+    # steps between checkpoints (auto = 5 minutes, 0 = off)
+    checkpoint_interval: Literal["auto"] | int = "auto"
     overwrite: bool = False  # replace a run of the same name, finished or not
 
     # Training (Table 5)
-    total_timesteps: int = 100_000  # interactions; one is 4 frames
-    replay_ratio: int = 2  # gradient updates per interaction
+    total_timesteps: int = 100_000  # steps; one is 4 frames
+    replay_ratio: int = 2  # gradient updates per step
     batch_size: int = 32  # transitions per update
-    learning_starts: int = 2_000  # interactions with random actions, before the first update
+    learning_starts: int = 2_000  # steps with random actions; the last one has the first update
     learning_rate: float = 1e-4  # of Adam (released: 1.414e-4)
     adam_eps: float = 1.5e-4  # epsilon of Adam
     max_grad_norm: float = 10.0  # global norm at which the applied gradient is clipped
@@ -107,50 +116,102 @@ class Args:
     crelu_scope: Literal["head", "all"] = "head"  # all = the backbone's layers too
     sam_rho: float = 0.1  # radius of the SAM perturbation (0 = off)
     sam_scope: Literal["all", "backbone", "head"] = "all"  # parameters that SAM perturbs
-    # noise in SAM's second pass: fresh, or reused from the first; none = a first pass without noise
+    # noise in SAM's two passes: independent = xi and xi' (Algorithm 1), reused = xi twice,
+    # none = no noise and xi
     sam_noise: Literal["independent", "reused", "none"] = "independent"
     reset_interval: int = 40_000  # gradient updates between resets of the head (0 = off)
-    # share of the backbone's weights kept at a reset (1 = off; auto = off below replay ratio 4, else 0.6)
+    # share of the backbone's weights kept at a reset (1 = off; auto = off below replay ratio 4,
+    # else 0.6)
     shrink_perturb_alpha: Literal["auto"] | float = "auto"
 
     # Evaluation, metrics, logging
     eval_episodes: int = 100  # full games of an evaluation
     eval_epsilon: float = 0.001  # share of random actions in an evaluation
-    eval_interval: int = 0  # interactions between evaluations (0 = only at the end)
-    metrics_interval: int = 0  # interactions between plasticity metrics (0 = off)
-    log_interval: int = 500  # interactions between logged losses
+    eval_interval: int = 0  # steps between evaluations (0 = only at the end)
+    metrics_interval: int = 0  # steps between plasticity metrics (0 = off)
+    log_interval: int = 500  # steps between logged losses
     capture_video: bool = False  # save the first game of the last evaluation as a GIF
     save_model: bool = False  # save the target network at the end
-    evaluate: Path | None = None  # a saved model: play its game with its seed, train nothing
+    evaluate: str | None = None  # a saved model: play its game with its seed, train nothing
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "plastic"  # project at Weights & Biases
     wandb_entity: str | None = None  # team at Weights & Biases
-    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Check the flags and resolve `auto`. tyro prints a ValueError and ends with code 2."""
+        if self.shrink_perturb_alpha == "auto":  # section 4.3: hurts at 2, pays at 4 and 8
+            pays = self.replay_ratio >= 4 and self.reset_interval > 0
+            self.shrink_perturb_alpha = 0.6 if pays else 1.0
+        at_least_1 = "replay_ratio batch_size n_step hidden_dim eval_episodes log_interval"
+        at_least_0 = "noisy_std per_alpha aug_shift aug_intensity sam_rho reset_interval"
+        at_least_0 += " eval_interval metrics_interval torch_threads"
+        above_0 = "learning_rate adam_eps max_grad_norm"
+        shares = "gamma per_beta target_ema eval_epsilon shrink_perturb_alpha"
+        for names, rule, holds in (
+            (at_least_1, "at least 1", lambda x: x >= 1),
+            (at_least_0, "0 or more", lambda x: 0 <= x < math.inf),
+            (above_0, "above 0", lambda x: 0 < x < math.inf),
+            (shares, "from 0 to 1", lambda x: 0 <= x <= 1),
+            ("n_atoms", "at least 2", lambda x: x >= 2),
+            ("seed", "from 0 to 200,000", lambda x: 0 <= x <= 200_000),  # EnvPool's have 31 bits
+        ):
+            for name in names.split():
+                flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+                if not holds(value):  # nan never does
+                    raise ValueError(f"{flag} must be {rule}, not {value}")
+        if self.env_id not in GAMES:
+            closest = difflib.get_close_matches(self.env_id, GAMES, n=1, cutoff=0)[0]
+            raise ValueError(f"--env-id {self.env_id}: no such game, the closest is {closest}")
+        if Path(self.exp_name).name != self.exp_name or self.exp_name in ("", ".."):
+            raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
+        if self.checkpoint_interval != "auto" and self.checkpoint_interval < 0:
+            raise ValueError("--checkpoint-interval must be auto, or 0 or more")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
+        if not 2 * self.n_step <= self.learning_starts < self.total_timesteps:
+            raise ValueError("--learning-starts: from twice --n-step to below --total-timesteps")
+        if self.buffer_size < 2 * self.n_step:
+            raise ValueError("--buffer-size must be at least twice --n-step")
+        if not -math.inf < self.v_min < self.v_max < math.inf:
+            raise ValueError("--v-min must be below --v-max, and both finite")
+        if self.shrink_perturb_alpha < 1 and self.reset_interval == 0:
+            raise ValueError("--shrink-perturb-alpha acts at resets: give a --reset-interval")
+        if self.evaluate is not None and not Path(self.evaluate).is_file():
+            raise ValueError(f"--evaluate {self.evaluate}: no such file")
+        if self.track and find_spec("wandb") is None:
+            raise ValueError("--track needs Weights & Biases: pip install wandb")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch finds no CUDA device")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.torch_threads == 0:
+            self.torch_threads = min(torch.get_num_threads(), 8)
 
 
-# --- Environment ------------------------------------------------------------------------------------------------------
+# --- Environment ----------------------------------------------------------------------------------
 
 
 def make_envs(env_id: str, num_envs: int, seed: int):
-    """Atari as the paper plays it, in an EnvPool with Gymnasium's API; env i is seeded with seed + i, once, here.
+    """Atari as the paper plays it: an EnvPool with Gymnasium's API; env i has the seed seed + i.
 
-    Observations are the newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and frame stacks are left to the
+    It takes its seed here and nowhere else: reset(seed=...) does nothing. Observations are the
+    newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and stacks of frames are left to the
     caller: EnvPool's own episodic_life would play no-ops after every lost life.
     """
     # fmt: off
     return envpool.make_gymnasium(
-        f"{env_id}-v5", num_envs=num_envs, seed=seed, stack_num=1, frame_skip=4, noop_max=30, max_episode_steps=27_000,
-        repeat_action_probability=0.0, full_action_space=False, use_inter_area_resize=False, use_fire_reset=False,
-        episodic_life=False, reward_clip=False,
+        f"{env_id}-v5", num_envs=num_envs, seed=seed, stack_num=1, frame_skip=4, noop_max=30,
+        max_episode_steps=27_000, repeat_action_probability=0.0, full_action_space=False,
+        use_inter_area_resize=False, use_fire_reset=False, episodic_life=False, reward_clip=False,
     )
     # fmt: on
 
 
-# --- Networks ---------------------------------------------------------------------------------------------------------
+# --- Networks -------------------------------------------------------------------------------------
 
 
 class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1, as released)."""
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -160,7 +221,7 @@ class PixelLayerNorm(nn.LayerNorm):
 
 
 class CReLU(nn.Module):
-    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...], so that no input loses its gradient (section 2.2)."""
+    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...]; no input loses its gradient (section 2.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([F.relu(x), F.relu(-x)], dim=1)
@@ -169,7 +230,8 @@ class CReLU(nn.Module):
 class NoisyLinear(nn.Module):
     """Linear layer with factorised Gaussian noise on its weights (Eq. 2; Fortunato et al., 2018).
 
-    The noise is one draw for the whole batch and stays until sample_noise().
+    The noise is one draw for the whole batch and stays until sample_noise(). In eval mode there is
+    none: the layer is that of the mean weights.
     """
 
     def __init__(self, in_features: int, out_features: int, noisy_std: float) -> None:
@@ -192,20 +254,20 @@ class NoisyLinear(nn.Module):
         nn.init.constant_(self.weight_sigma, self.noisy_std / math.sqrt(in_features))
         nn.init.constant_(self.bias_sigma, self.noisy_std / math.sqrt(out_features))
 
-    def sample_noise(self, generator: torch.Generator) -> None:
+    def sample_noise(self, generator: Generator) -> None:
         """Draw new noise, in place: sign(e) * sqrt(|e|) with e ~ N(0, 1)."""
         for noise in (self.noise_in, self.noise_out):
             noise.normal_(generator=generator)
             noise.copy_(noise.sign() * noise.abs().sqrt())
 
-    def forward(self, x: Tensor, noisy: bool = True) -> Tensor:
-        """[B, in_features] -> [B, out_features]; without noise, the layer of the mean weights."""
-        if not noisy:
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_features] -> [B, out_features]."""
+        if not self.training:
             return F.linear(x, self.weight_mu, self.bias_mu)
-        # mu + sigma * outer(noise_out, noise_in); a second matrix product for the noisy part takes longer on the CPU.
-        weight = torch.addcmul(
-            self.weight_mu, self.weight_sigma * self.noise_in, self.noise_out[:, None]
-        )
+        # mu + sigma * outer(noise_out, noise_in), composed: a second matrix product for the noise
+        # would take longer on the CPU.
+        noisy_sigma = self.weight_sigma * self.noise_in
+        weight = torch.addcmul(self.weight_mu, noisy_sigma, self.noise_out[:, None])
         bias = torch.addcmul(self.bias_mu, self.bias_sigma, self.noise_out)
         return F.linear(x, weight, bias)
 
@@ -219,17 +281,16 @@ class NoisyStream(nn.Module):
         norm = args.layer_norm and args.layer_norm_scope == "all"
         self.norm = nn.LayerNorm(args.hidden_dim, eps=1e-6) if norm else nn.Identity()
         self.activation = CReLU() if args.crelu else nn.ReLU()
-        # CReLU doubles what the layer gives out, so the next layer's fan-in doubles; the width stays.
-        self.output = NoisyLinear(
-            args.hidden_dim * (2 if args.crelu else 1), out_features, args.noisy_std
-        )
+        # CReLU doubles what the layer gives out, so the next fan-in doubles; the width stays.
+        fan_in = args.hidden_dim * (2 if args.crelu else 1)
+        self.output = NoisyLinear(fan_in, out_features, args.noisy_std)
 
-    def forward(self, x: Tensor, noisy: bool = True) -> Tensor:
-        return self.output(self.activation(self.norm(self.hidden(x, noisy))), noisy)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.activation(self.norm(self.hidden(x))))
 
 
 class DuelingHead(nn.Module):
-    """Dueling distributional head: q = v + a - mean(a), atom by atom (Wang et al., 2016; Bellemare et al., 2017)."""
+    """Dueling head on atoms: q = v + a - mean(a) (Wang et al., 2016; Bellemare et al., 2017)."""
 
     def __init__(self, in_features: int, num_actions: int, args: Args) -> None:
         super().__init__()
@@ -237,15 +298,15 @@ class DuelingHead(nn.Module):
         self.value = NoisyStream(in_features, args.n_atoms, args)
         self.advantage = NoisyStream(in_features, num_actions * args.n_atoms, args)
 
-    def forward(self, features: Tensor, noisy: bool = True) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """[B, in_features] -> log-probabilities of the returns, [B, num_actions, n_atoms]."""
-        value = self.value(features, noisy).unflatten(1, (1, self.n_atoms))
-        advantage = self.advantage(features, noisy).unflatten(1, (-1, self.n_atoms))
+        value = self.value(features).unflatten(1, (1, self.n_atoms))
+        advantage = self.advantage(features).unflatten(1, (-1, self.n_atoms))
         return (value + advantage - advantage.mean(1, keepdim=True)).log_softmax(-1)
 
 
 def make_backbone(args: Args) -> nn.Sequential:
-    """Three convolutions: images [B, 4, 84, 84] -> features [B, 3136], or [B, 6272] with CReLU in scope `all`."""
+    """Images [B, 4, 84, 84] -> features [B, 3136], or [B, 6272] with CReLU in scope `all`."""
     crelu = args.crelu and args.crelu_scope == "all"
     layers: list[nn.Module] = []
     in_channels = FRAME_STACK
@@ -259,7 +320,7 @@ def make_backbone(args: Args) -> nn.Sequential:
 
 
 class QNetwork(nn.Module):
-    """Rainbow's network (appendix A.3): 6.87M parameters at 6 actions, 7.23M with CReLU in the head."""
+    """Rainbow's network (appendix A.3): at 6 actions 6.87M parameters, 7.23M with head CReLU."""
 
     def __init__(self, num_actions: int, args: Args) -> None:
         super().__init__()
@@ -270,28 +331,29 @@ class QNetwork(nn.Module):
 
     def q_values(self, log_probs: Tensor) -> Tensor:
         """Means of the return distributions: [..., n_atoms] -> [...]."""
-        return (log_probs.exp() * self.support).sum(
-            -1
-        )  # not a matrix product: TF32 would round the support
+        return (log_probs.exp() * self.support).sum(-1)  # a matrix product in TF32 would round
 
-    def sample_noise(self, generator: torch.Generator) -> None:
+    def sample_noise(self, generator: Generator) -> None:
         """Draw new noise in every noisy layer."""
         for module in self.modules():
             if isinstance(module, NoisyLinear):
                 module.sample_noise(generator)
 
-    def forward(self, obs: Tensor, noisy: bool = True) -> Tensor:
-        """Images in [0, 1] [B, 4, 84, 84] -> log-probabilities of the returns, [B, num_actions, n_atoms]."""
-        features = self.backbone(obs)
-        # Both streams feed the backbone: scale its gradient by 1/sqrt(2) (Wang et al., 2016), not its value.
-        return self.head(torch.lerp(features.detach(), features, 2**-0.5), noisy)
+    def forward(self, images: Tensor) -> Tensor:
+        """In [0, 1] [B, 4, 84, 84] -> log-probabilities of the returns, [B, num_actions, n_atoms].
+
+        Both streams feed the backbone, so its gradient is scaled by 1/sqrt(2) (Wang et al., 2016):
+        lerp(x, x) is x, but only its second end passes a gradient on.
+        """
+        features = self.backbone(images)
+        return self.head(torch.lerp(features.detach(), features, 2**-0.5))
 
 
-# --- Replay -----------------------------------------------------------------------------------------------------------
+# --- Replay ---------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """B transitions: n-step returns, and what is left of gamma ** n (0 where a life or episode ended before)."""
+    """B transitions; the discount is gamma ** n, or 0 where a life or episode ended before."""
 
     index: Tensor  # int64 [B], slots in the buffer
     obs: Tensor  # uint8 [B, 4, 84, 84]
@@ -304,155 +366,155 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """Prioritised replay of single frames; stacks and n-step returns are built when sampled.
 
-    A slot holds a frame, the action taken on it, the clipped reward, and whether the return ends there (a lost life,
-    game over, time limit). The slot at `cursor` holds the newest frame, not acted on yet. Priority 0 marks what cannot
-    be sampled: slots not written, overwritten, or whose n-step window is not complete.
+    A slot holds a frame, the action taken on it, the clipped reward, and whether that ended the
+    return (done: a lost life, game over, the time limit). The slot at `cursor` holds the newest
+    frame, not acted on yet. With n_step = 3 and a life that ends at slot 8:
+
+        slot      7   8   9  10    cursor = 10
+        frame    f7  f8  g0  g1    g0 begins the next life
+        reward   r7  r8  r9
+        done      0   1   0
+
+    Transition 7 has the return r7 + gamma * r8 and the discount 0. stack(10) is [0, 0, g0, g1].
+    Priority 0 marks what cannot be sampled: slots not written, overwritten, or, as 9 here, with
+    an n-step window that is not complete.
     """
 
     def __init__(self, capacity: int, n_step: int, gamma: float, device: torch.device) -> None:
-        # Beyond `capacity` transitions: the newest frame, and three older ones for the oldest transition's stack.
-        self.capacity, self.slots, self.n_step = capacity, capacity + FRAME_STACK, n_step
+        # Beyond the transitions: the newest frame, and three more for the oldest one's stack.
+        self.slots, self.n_step = capacity + FRAME_STACK, n_step
         self.frames = torch.zeros((self.slots, 84, 84), dtype=torch.uint8, device=device)
         self.actions = torch.zeros(self.slots, dtype=torch.int64, device=device)
         self.rewards = torch.zeros(self.slots, device=device)
-        self.ends = torch.ones(
-            self.slots, dtype=torch.bool, device=device
-        )  # nothing comes before the first frame
+        # Slots not written count as done: no stack reaches back past the first frame.
+        self.dones = torch.ones(self.slots, dtype=torch.bool, device=device)
         self.priorities = torch.zeros(self.slots, device=device)
         self.max_priority = torch.ones((), device=device)
         self.gammas = gamma ** torch.arange(n_step + 1, device=device)
         self.window = torch.arange(n_step, device=device)
-        self.history = torch.arange(1 - FRAME_STACK, 1, device=device)
+        self.history = torch.arange(1 - FRAME_STACK, 1, device=device)  # -3, -2, -1, 0
         self.cursor = 0
-        self.newest_slot = torch.zeros(
-            1, dtype=torch.int64, device=device
-        )  # the cursor, for a CUDA graph
+        self.cursor_tensor = torch.zeros(1, dtype=torch.int64, device=device)  # for a CUDA graph
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
     def start(self, frame: np.ndarray) -> None:
-        """Begin an episode with its first frame, uint8 [84, 84]; a life that was cut off (a continued run) ends here.
+        """Begin with an episode's first frame, uint8 [84, 84]: at the start of every process.
 
-        Its newest transitions, whose n-step windows nothing completes, are dropped: they are never sampled.
+        In a continued run, whose tensors come from a checkpoint, the life that was cut off ends
+        here. Nothing completes the windows of its newest transitions: they are never sampled.
         """
-        if not self.ends[self.cursor - 1]:
-            self.pending = 0
+        self.cursor, self.pending = int(self.cursor_tensor), 0
+        if not self.dones[self.cursor - 1]:
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
 
-    def add(self, action: int, reward: float, end: bool, next_frame: np.ndarray) -> None:
-        """Store what the newest frame led to. After an episode's end, next_frame is the next episode's first."""
+    def add(self, action: int, reward: float, done: bool, next_frame: np.ndarray) -> None:
+        """Store what followed the newest frame. After game over, next_frame is the next game's."""
         slot, self.cursor = self.cursor, (self.cursor + 1) % self.slots
-        self.newest_slot.fill_(self.cursor)
+        self.cursor_tensor.fill_(self.cursor)
         self.actions[slot] = action
         self.rewards[slot] = reward
-        self.ends[slot] = end
+        self.dones[slot] = done
         self.frames[self.cursor].copy_(torch.from_numpy(next_frame))
-        # An end completes the windows of all transitions before it; else the one n steps back now has its next_obs.
+        # A done completes all windows before it; else the one n steps back now has its next_obs.
         self.pending += 1
-        num_complete = self.pending if end else max(self.pending - self.n_step + 1, 0)
+        num_complete = self.pending if done else int(self.pending == self.n_step)
         first = slot - self.pending + 1
-        slots = (
-            torch.arange(first, first + num_complete, device=self.priorities.device) % self.slots
-        )
-        self.priorities[slots] = self.max_priority
+        slots = torch.arange(first, first + num_complete, device=self.priorities.device)
+        self.priorities[slots % self.slots] = self.max_priority
         self.pending -= num_complete
         # The oldest transition goes: the new frame has overwritten the first of its stack.
         self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
-        """Frames up to slots `index` [B], oldest first, zeros before the current life: uint8 [B, 4, 84, 84]."""
+        """The frames up to slots `index` [B], oldest first: uint8 [B, 4, 84, 84].
+
+        Frames from before the current life are zeros.
+        """
         slots = (index[:, None] + self.history) % self.slots
-        # 1 where nothing ended between a frame and the newest one.
-        alive = (~self.ends[slots[:, :-1]]).flip(1).cumprod(1, dtype=torch.uint8).flip(1)
+        # A frame is seen if nothing was done from it on: a product from the right to the left.
+        not_done = ~self.dones[slots[:, :-1]]
+        seen = not_done.flip(1).cumprod(1, dtype=torch.uint8).flip(1)
         frames = self.frames[slots]
-        frames[:, :-1] *= alive[:, :, None, None]
+        frames[:, :-1] *= seen[:, :, None, None]
         return frames
 
-    def newest(self) -> Tensor:
+    def last_obs(self) -> Tensor:
         """The observation to act on: uint8 [1, 4, 84, 84]."""
-        return self.stack(self.newest_slot)
+        return self.stack(self.cursor_tensor)
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
-        window = (index[:, None] + self.window) % self.slots
-        alive = (
-            (~self.ends[window]).float().cumprod(1)
-        )  # [B, n]: 1 while nothing has ended, this step included
-        reached = torch.cat(
-            [torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1
-        )  # 1 for the steps that happened
-        n_step_return = (self.rewards[window] * reached * self.gammas[:-1]).sum(1)
-        next_obs = self.stack((index + self.n_step) % self.slots)
+        window = (index[:, None] + self.window) % self.slots  # [B, n]; of 10 slots: 8, 9, 0
+        not_done = (~self.dones[window]).float().cumprod(1)  # 1 until the first done, which has 0
+        # The first done's own reward still counts: shift by one.
+        counts = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], dim=1)
+        n_step_return = (self.rewards[window] * counts * self.gammas[:-1]).sum(1)
         return Batch(
-            index,
-            self.stack(index),
-            self.actions[index],
-            n_step_return,
-            self.gammas[-1] * alive[:, -1],
-            next_obs,
+            index=index,
+            obs=self.stack(index),
+            action=self.actions[index],
+            n_step_return=n_step_return,
+            discount=self.gammas[-1] * not_done[:, -1],
+            next_obs=self.stack((index + self.n_step) % self.slots),
         )
 
-    def sample(
-        self, batch_size: int, beta: Tensor, generator: torch.Generator
-    ) -> tuple[Batch, Tensor]:
-        """Stratified proportional sampling (Schaul et al., 2016, appendix B.2.1) of batch_size transitions.
+    def sample(self, batch_size: int, beta: Tensor, generator: Generator) -> tuple[Batch, Tensor]:
+        """batch_size transitions in proportion to their priorities, one from each stratum.
 
-        Also returns their importance weights (1 / (N p)) ** beta over the largest in the batch, float32 [B]: in that
-        quotient, the number N of transitions and the sum of the priorities cancel.
+        (Schaul et al., 2016, appendix B.2.1.) Also their importance weights (1 / (N p)) ** beta
+        over the batch's largest, float32 [B]: N and the sum of the priorities cancel there.
         """
         device = self.priorities.device
+        # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
         cumulative = self.priorities.cumsum(0, dtype=torch.float64)
-        # A float32 draw keeps the last stratum below 1 in float64: the search cannot run past the last priority.
+        # float32 draws stay below 1 in float64, so that the last one falls on a priority above 0.
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
-        # With nothing to sample, which only a run cut off before learning_starts can come to, the weights are nan.
+        # Priorities that are nan would lead beyond the buffer, before check_finite() can say so.
         index = index.clamp(max=self.slots - 1)
         priorities = self.priorities[index]
         return self.gather(index), (priorities.min() / priorities) ** beta
 
-    def sample_uniform(self, batch_size: int, generator: torch.Generator) -> Batch:
+    def sample_uniform(self, batch_size: int, generator: Generator) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         valid = (self.priorities > 0).float()
-        return self.gather(
-            torch.multinomial(valid, batch_size, replacement=True, generator=generator)
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds of it; `newest_slot` has the cursor."""
-        return {
-            f"replay.{name}": value
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
+        index = torch.multinomial(valid, batch_size, replacement=True, generator=generator)
+        return self.gather(index)
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
-        """Set the priorities [B] of slots `index` [B] and the running maximum that new transitions get."""
+        """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set."""
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        items = vars(self).items()
+        return {f"replay.{name}": value for name, value in items if torch.is_tensor(value)}
 
-def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generator) -> Tensor:
+
+def to_images(obs: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] -> float32 in [0, 1], channels last in memory, as convolutions like it."""
+    return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> Tensor:
     """DrQ's augmentation, one draw per stack: uint8 [B, C, H, W] -> images, float32 [B, C, H, W].
 
-    A random shift of up to `shift` pixels with edge padding, then a factor 1 + intensity * clip(N(0, 1), -2, 2).
+    A random shift of up to `shift` pixels, with edge padding, then a factor
+    1 + intensity * clip(N(0, 1), -2, 2).
     """
     batch, channels, height, width = obs.shape
     if shift > 0:
-        dy, dx = torch.randint(
-            -shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device
-        )
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(
-            0, height - 1
-        )  # clamping repeats the edge
+        offsets = (2, batch, 1)
+        dy, dx = torch.randint(-shift, shift + 1, offsets, generator=generator, device=obs.device)
+        # Clamping repeats the edge: shifted by -1, rows 0, 1, 2 show 0, 0, 1.
+        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)
         columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
-        pixels = (
-            (rows[:, :, None] * width + columns[:, None, :])
-            .view(batch, 1, -1)
-            .expand(-1, channels, -1)
-        )
-        obs = obs.flatten(2).gather(2, pixels).view_as(obs)
+        pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1)
+        obs = obs.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
         noise = torch.randn((batch, 1, 1, 1), generator=generator, device=obs.device)
@@ -460,37 +522,33 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generato
     return images
 
 
-def to_images(obs: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 in [0, 1], channels last in memory (the layout that convolutions like best)."""
-    return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
+# --- Interventions --------------------------------------------------------------------------------
 
 
-# --- Interventions ----------------------------------------------------------------------------------------------------
+@contextmanager
+def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) -> Iterator[None]:
+    """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
-
-@torch.no_grad()
-def sam_perturb(parameters: list[nn.Parameter], backup: list[Tensor], rho: float) -> None:
-    """SAM's ascent: w <- w + rho * g / ||g||, the norm over all of `parameters` (appendix B.1; Algorithms 1 and 2).
-
-    `backup`, tensors of the same shapes, keeps the unperturbed w for sam_restore. A parameter without gradient stays.
+    g is what .grad holds, and the norm is over all `parameters` (Algorithms 1 and 2). A parameter
+    without gradient stays. `backup` are tensors of the same shapes, which keep w.
     """
-    torch._foreach_copy_(backup, parameters)
-    perturbed = [w for w in parameters if w.grad is not None]
-    norm = nn.utils.get_total_norm([w.grad for w in perturbed])
-    scale = rho / (norm + 1e-12)
-    for w in perturbed:
-        w.addcmul_(w.grad, scale)
+    with torch.no_grad():
+        torch._foreach_copy_(backup, parameters)
+        perturbed = [w for w in parameters if w.grad is not None]
+        norm = nn.utils.get_total_norm([w.grad for w in perturbed])
+        scale = rho / (norm + 1e-12)
+        for w in perturbed:
+            w.addcmul_(w.grad, scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, backup)
 
 
 @torch.no_grad()
-def sam_restore(parameters: list[nn.Parameter], backup: list[Tensor]) -> None:
-    """Undo sam_perturb, exactly."""
-    torch._foreach_copy_(parameters, backup)
-
-
-@torch.no_grad()
-def clear_adam(optimizer: torch.optim.Adam) -> None:
-    """Set the moments and the step counts to zero, in place."""
+def reset_optimizer(optimizer: torch.optim.Adam) -> None:
+    """Set Adam's moments and step counts to zero, in place."""
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
@@ -498,18 +556,21 @@ def clear_adam(optimizer: torch.optim.Adam) -> None:
 
 @torch.no_grad()
 def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam) -> None:
-    """Re-initialise the head, the same in both networks, and clear all of Adam's state; in place (section 4.1)."""
+    """A fresh head, the same in both networks, and a fresh Adam; in place (section 4.1)."""
     for module in online.head.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     for w_target, w in zip(target.head.parameters(), online.head.parameters(), strict=True):
         w_target.copy_(w)
-    clear_adam(optimizer)
+    reset_optimizer(optimizer)
 
 
 @torch.no_grad()
 def shrink_and_perturb(online: nn.Module, target: nn.Module, alpha: float) -> None:
-    """Backbone w <- alpha * w + (1 - alpha) * phi, phi fresh and the same for both networks; in place (section 4.3)."""
+    """Backbone w <- alpha * w + (1 - alpha) * phi, in place (section 4.3).
+
+    phi is fresh, and the same for both networks.
+    """
     fresh = copy.deepcopy(online.backbone)
     for module in fresh.modules():
         if hasattr(module, "reset_parameters"):
@@ -519,146 +580,133 @@ def shrink_and_perturb(online: nn.Module, target: nn.Module, alpha: float) -> No
             w.lerp_(phi, 1 - alpha)
 
 
-# --- Update -----------------------------------------------------------------------------------------------------------
+# --- Update ---------------------------------------------------------------------------------------
 
 
 def project(next_probs: Tensor, n_step_return: Tensor, discount: Tensor, support: Tensor) -> Tensor:
-    """C51's projection of R + discount * z onto the support (Bellemare et al., 2017, Eq. 7): [B, N] -> [B, N].
+    """C51's projection of R + discount * z onto the support (Bellemare et al., 2017, Eq. 7).
 
-    n_step_return and discount are [B], the support is [N], equally spaced. An atom's mass goes to its two neighbours,
-    in proportion to their nearness: a triangle around each point of the support, with no case of its own for a hit.
+    [B, N], [B], [B] and the support [N], equally spaced, -> [B, N]. An atom's mass is split between
+    its two neighbours by nearness: of 0.4 landing on 1.3, atom 1 gets 0.7 * 0.4, atom 2 0.3 * 0.4.
     """
     delta = support[1] - support[0]
-    atoms = (n_step_return[:, None] + discount[:, None] * support).clamp(support[0], support[-1])
-    share = (1 - (atoms[:, None, :] - support[:, None]).abs() / delta).clamp(
-        min=0
-    )  # [B, N to, N from]
-    return (share * next_probs[:, None, :]).sum(
-        2
-    )  # not a matrix product: TF32 would round the probabilities
+    atoms = n_step_return[:, None] + discount[:, None] * support
+    atoms = atoms.clamp(support[0], support[-1])
+    distance = (atoms[:, None, :] - support[:, None]).abs() / delta  # [B, N to, N from]
+    share = (1 - distance).clamp(min=0)
+    return (share * next_probs[:, None, :]).sum(2)  # a matrix product in TF32 would round
 
 
-def take_action(log_probs: Tensor, action: Tensor) -> Tensor:
+def gather_action(log_probs: Tensor, action: Tensor) -> Tensor:
     """Distributions of the given actions: [B, num_actions, N], [B] -> [B, N]."""
     return log_probs.take_along_dim(action[:, None, None], dim=1).squeeze(1)
 
 
-def td_error(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
-    """Cross-entropy to the target distribution: [B, num_actions, N], [B], [B, N] -> [B]; the distributional Eq. 1."""
-    return -(td_target * take_action(log_probs, action)).sum(1)
+def cross_entropy(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
+    """The TD error of Eq. 1, for distributions: [B, num_actions, N], [B], [B, N] -> [B]."""
+    return -(td_target * gather_action(log_probs, action)).sum(1)
 
 
 @torch.no_grad()
-def move_target(target: nn.Module, online: nn.Module, rate: Tensor) -> None:
-    """Moving average w- <- (1 - rate) * w- + rate * w, in place; rate = 1 - tau, a scalar (Algorithms 1 and 2)."""
+def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2; elsewhere tau is 1 - tau)."""
     for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
-        w_target.lerp_(w, rate)
+        w_target.lerp_(w, 1 - tau)
 
 
 class Agent:
-    """DrQ-Rainbow with the paper's interventions: networks, optimizer, acting and Algorithm 1's update.
+    """DrQ-Rainbow with the paper's interventions: networks, optimizer, acting, Algorithm 1.
 
-    `num_updates` is that of the whole run, over which PER's beta rises to 1. Nothing here waits for the device.
-    `counts`, on the device: updates, skipped updates, skipped in a row, longest such row.
+    `num_updates` is that of the whole run, over which PER's beta rises to 1. act() and update()
+    have no .item() and change tensors in place: a CUDA graph can replay them.
     """
 
     def __init__(
-        self, num_actions: int, num_updates: int, args: Args, generator: torch.Generator
+        self, num_actions: int, num_updates: int, args: Args, generator: Generator
     ) -> None:
         self.args, self.num_updates, self.generator = args, num_updates, generator
         device = generator.device
         self.online = QNetwork(num_actions, args).to(device, memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.parameters = list(self.online.parameters())
-        capturable = device.type == "cuda"
-        self.optimizer = torch.optim.Adam(
-            self.parameters,
-            lr=args.learning_rate,
-            eps=args.adam_eps,
-            fused=True,
-            capturable=capturable,
-        )
-        # The hook of PyTorch's GradScaler: where this is 1, fused Adam leaves weights, moments and step alone, and
-        # no host sync is needed to know it.
-        self.optimizer.found_inf = torch.zeros((), device=device)
-        # Adam makes its state in its first step: take one with a zero gradient here, outside of any CUDA graph.
+        options = dict(lr=args.learning_rate, eps=args.adam_eps, capturable=device.type == "cuda")
+        self.optimizer = torch.optim.Adam(self.parameters, fused=True, **options)
+        # Adam makes its state in its first step: take one with a zero gradient here, so that
+        # checkpoints and CUDA graphs find the state in place.
         for w in self.parameters:
             w.grad = torch.zeros_like(w)
         self.optimizer.step()
-        clear_adam(self.optimizer)
-        self.noisy_first_pass = args.sam_rho == 0 or args.sam_noise != "none"
+        reset_optimizer(self.optimizer)
         scope = self.online if args.sam_scope == "all" else getattr(self.online, args.sam_scope)
-        self.sam_parameters = list(scope.parameters())
-        self.sam_backup = (
-            [torch.empty_like(w) for w in self.sam_parameters] if args.sam_rho > 0 else []
-        )
-        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.sam_parameters = list(scope.parameters()) if args.sam_rho > 0 else []
+        self.sam_backup = [torch.empty_like(w) for w in self.sam_parameters]
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Greedy action of the noisy target network (appendix A.3): uint8 [B, 4, 84, 84] -> int64 [B]."""
+        """Greedy actions of the target network (Table 5), with the noise of the last update.
+
+        uint8 [B, 4, 84, 84] -> int64 [B].
+        """
         return self.target.q_values(self.target(to_images(obs))).argmax(1)
 
     @torch.no_grad()
-    def td_target(self, batch: Batch, next_images: Tensor, noisy: bool = True) -> Tensor:
+    def td_target(self, batch: Batch, next_images: Tensor) -> Tensor:
         """Distribution of the n-step return, bootstrapped by double Q (Eq. 1): [B, n_atoms]."""
-        action = self.online.q_values(self.online(next_images, noisy)).argmax(1)
-        next_probs = take_action(self.target(next_images, noisy), action).exp()
+        action = self.online.q_values(self.online(next_images)).argmax(1)
+        next_probs = gather_action(self.target(next_images), action).exp()
         return project(next_probs, batch.n_step_return, batch.discount, self.target.support)
 
     def update(self, replay: ReplayBuffer) -> Tensor:
-        """One gradient update (Algorithm 1, lines 8 to 18). Returns the loss, mean Q-value and gradient norm, [3]."""
+        """One gradient update: Algorithm 1 from line 8 on.
+
+        Returns the loss, the mean Q-value and the gradient's norm before clipping, [3].
+        """
         args, generator, online, target = self.args, self.generator, self.online, self.target
-        beta = args.per_beta + (1 - args.per_beta) * self.counts[0] / max(self.num_updates - 1, 1)
+
+        # Line 8: a minibatch by priority, augmented.
+        beta = args.per_beta + (1 - args.per_beta) * self.updates / max(self.num_updates - 1, 1)
         batch, weights = replay.sample(args.batch_size, beta, generator)
         images = augment(batch.obs, args.aug_shift, args.aug_intensity, generator)
         next_images = augment(batch.next_obs, args.aug_shift, args.aug_intensity, generator)
+
+        # Line 11 before line 9: double Q-learning reads the online network, too.
         online.sample_noise(generator)
         target.sample_noise(generator)
         td_target = self.td_target(batch, next_images)
 
+        # Line 12: the gradient at w.
+        if args.sam_rho > 0 and args.sam_noise == "none":
+            online.head.eval()  # no noise in this pass
         self.optimizer.zero_grad()
-        log_probs = online(images, noisy=self.noisy_first_pass)
-        cross_entropy = td_error(log_probs, batch.action, td_target)
-        loss = (weights * cross_entropy).mean()
+        log_probs = online(images)
+        losses = cross_entropy(log_probs, batch.action, td_target)  # [B]
+        loss = (weights * losses).mean()
         loss.backward()
-        if args.sam_rho > 0:  # the gradient to apply is that at w + rho * g / ||g||
-            sam_perturb(self.sam_parameters, self.sam_backup, args.sam_rho)
-            if args.sam_noise == "independent":
-                online.sample_noise(generator)
-            self.optimizer.zero_grad()
-            (weights * td_error(online(images), batch.action, td_target)).mean().backward()
-            sam_restore(self.sam_parameters, self.sam_backup)
+        online.head.train()
 
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
-        applied = grad_norm.isfinite()
-        self.optimizer.found_inf.copy_(~applied)
+        # Lines 13 to 16: climb to w + rho * g / ||g||, take the gradient there, come back to w.
+        if args.sam_rho > 0:
+            with sam_perturbed(self.sam_parameters, self.sam_backup, args.sam_rho):
+                if args.sam_noise == "independent":
+                    online.sample_noise(generator)
+                self.optimizer.zero_grad()
+                sam_losses = cross_entropy(online(images), batch.action, td_target)
+                (weights * sam_losses).mean().backward()
+
+        # Line 17: the step from w.
+        gradient_norm = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
         self.optimizer.step()
-        move_target(target, online, (1 - args.target_ema) * applied)
-        # Priorities come from the first pass. The floor: 0 would mark a perfectly fitted transition as unsampleable.
-        priorities = (cross_entropy.detach() ** args.per_alpha).clamp(min=1e-8)
-        replay.update_priorities(
-            batch.index, torch.where(applied, priorities, replay.priorities[batch.index])
-        )
-        self.count(skipped=~applied)
-        return torch.stack([loss.detach(), online.q_values(log_probs.detach()).mean(), grad_norm])
 
-    def count(self, skipped: Tensor) -> None:
-        """Count one update."""
-        updates, skips, in_a_row, longest = self.counts
-        in_a_row = (in_a_row + 1) * skipped
-        self.counts.copy_(
-            torch.stack([updates + 1, skips + skipped, in_a_row, torch.maximum(longest, in_a_row)])
-        )
+        # Line 18: the target network.
+        soft_update(target, online, args.target_ema)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that update() changes in place, but for the generator and the replay buffer's priorities."""
-        tensors = {"counts": self.counts}
-        for name, network in (("online", self.online), ("target", self.target)):
-            tensors |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
-        for i, state in enumerate(self.optimizer.state.values()):
-            tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
-        return tensors
+        # Priorities are of the first pass. The floor: 0 would take a transition out of the draw.
+        priorities = (losses.detach() ** args.per_alpha).clamp(min=1e-8)
+        replay.update_priorities(batch.index, priorities)
+        self.updates.add_(1)
+        q_value = online.q_values(log_probs.detach()).mean()
+        return torch.stack([loss.detach(), q_value, gradient_norm])
 
     def reset(self) -> None:
         """Reset the head, and shrink and perturb the backbone where that is on."""
@@ -666,22 +714,28 @@ class Agent:
         if self.args.shrink_perturb_alpha < 1:
             shrink_and_perturb(self.online, self.target, self.args.shrink_perturb_alpha)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What update() and reset() change in place, generators and replay priorities aside."""
+        tensors = {"updates": self.updates}
+        for name, network in (("online", self.online), ("target", self.target)):
+            tensors |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
+        for i, state in enumerate(self.optimizer.state.values()):
+            tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
+        return tensors
+
 
 def capture(
-    function: Callable[[], Tensor],
-    tensors: list[Tensor],
-    generators: tuple[torch.Generator, ...] = (),
+    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[Generator, ...] = ()
 ) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
-    The function must not wait for the device, and everything that changes must lie in tensors that stay where they
-    are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
-    choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
+    The function must not wait for the device, and everything that changes must lie in tensors that
+    stay where they are. What the returned function returns is overwritten when it is called again.
+    Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
+    all that they change, are put back.
     """
-    saved, states = (
-        [tensor.clone() for tensor in tensors],
-        [generator.get_state() for generator in generators],
-    )
+    saved = [tensor.clone() for tensor in tensors]
+    states = [generator.get_state() for generator in generators]
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -704,382 +758,15 @@ def capture(
     return run_graph
 
 
-# --- Evaluation and metrics -------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(
-    network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None
-) -> list[float]:
-    """Play --eval-episodes full games side by side, one per environment, so that short games are not over-counted.
-
-    The network (the target network, in the paper) plays without noise, with --eval-epsilon random actions.
-    Environment i is seeded with 10,000 * (seed + 1) + i, training with seed.
-    `video`, where given, takes the first game's frames, uint8 [84, 84]. Returns the games' unclipped returns.
-    """
-    device, num_episodes = network.support.device, args.eval_episodes
-    first_seed = 10_000 * (args.seed + 1)
-    envs = make_envs(env_id, num_episodes, first_seed)
-    rng = np.random.default_rng(first_seed)
-    frames, info = envs.reset()
-    stacks = torch.zeros((num_episodes, FRAME_STACK, 84, 84), dtype=torch.uint8, device=device)
-    stacks[:, -1] = torch.from_numpy(frames[:, 0]).to(device)
-    lives, returns = info["lives"].copy(), np.zeros(num_episodes)
-    playing = np.arange(
-        num_episodes, dtype=np.int32
-    )  # games over are left alone: their next step would reset them
-    with tqdm(
-        total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False
-    ) as progress:
-        while len(playing) > 0:
-            if video is not None and 0 in playing:
-                video.append(stacks[0, -1].clone().cpu().numpy())
-            log_probs = network(
-                to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False
-            )
-            actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
-            explore = rng.random(len(playing)) < args.eval_epsilon
-            actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
-            frames, rewards, terminated, truncated, info = envs.step(actions, playing)
-            playing = info["env_id"]  # in the order of the answers
-            returns[playing] += rewards
-            lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
-            lives[playing] = info["lives"]
-            index = torch.from_numpy(playing).to(device)
-            history = (
-                stacks[index, 1:] * torch.from_numpy(~lost_life).to(device)[:, None, None, None]
-            )
-            stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
-            over = terminated | truncated
-            progress.update(int(over.sum()))
-            playing = playing[~over]
-    if not np.isfinite(returns).all():
-        raise FloatingPointError(f"a game of {env_id} gave a reward that is not a finite number")
-    return returns.tolist()
-
-
-@torch.no_grad()
-def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
-    """Share of activations above 0 (Fig. 4) when `forward` runs the network: by layer, and in all backbone and head.
-
-    Of CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
-    """
-    counts: dict[str, tuple[int, int]] = {}
-
-    def count(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            counts[name] = (int((output > 0).sum()), output.numel())
-
-        return hook
-
-    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)]
-    hooks = [module.register_forward_hook(count(name)) for name, module in layers]
-    forward()
-    for hook in hooks:
-        hook.remove()
-    for part in ("backbone", "head"):
-        active, units = np.sum([n for name, n in counts.items() if name.startswith(part)], axis=0)
-        counts[part] = (int(active), int(units))
-    return {name: active / units for name, (active, units) in counts.items()}
-
-
-def max_eigenvalue(
-    loss: Tensor,
-    parameters: list[nn.Parameter],
-    generator: torch.Generator,
-    tolerance: float = 1e-3,
-) -> float:
-    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
-
-    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
-    largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest. TF32 leaves three digits.
-    """
-    gradient = torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
-    )
-
-    def hessian_times(vector: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
-            ]
-        )
-
-    vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
-    vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
-    tridiagonal = np.zeros((101, 101))
-    for k in range(100):
-        product = hessian_times(vector) - beta * previous
-        tridiagonal[k, k] = float(product @ vector)
-        product -= tridiagonal[k, k] * vector
-        beta = float(product.norm())
-        if not math.isfinite(beta):
-            return math.nan
-        ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
-        if beta * abs(ritz_vectors[-1, -1]) <= tolerance * abs(ritz_values[-1]):
-            break
-        tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
-        previous, vector = vector, product / beta
-    return float(ritz_values[-1])
-
-
-def plasticity_metrics(
-    agent: Agent, replay: ReplayBuffer, generator: torch.Generator
-) -> dict[str, float]:
-    """Active units on 512 transitions and sharpness on 32, drawn uniformly; no noise, no augmentation, unit weights."""
-    batch = replay.sample_uniform(512, generator)
-    units = active_units(agent.online, lambda: agent.online(to_images(batch.obs), noisy=False))
-    metrics = {f"active_units/{name}": share for name, share in units.items()}
-    batch = Batch(*(entry[:32] for entry in batch))
-    td_target = agent.td_target(batch, to_images(batch.next_obs), noisy=False)
-    # Past the network's forward(): its scaled gradient is not the loss's, and its Jacobian not symmetric.
-    log_probs = agent.online.head(agent.online.backbone(to_images(batch.obs)), noisy=False)
-    means = [
-        w for name, w in agent.online.named_parameters() if "sigma" not in name
-    ]  # sigma is idle without noise
-    metrics["hessian_max_eigenvalue"] = max_eigenvalue(
-        td_error(log_probs, batch.action, td_target).mean(), means, generator
-    )
-    return metrics
-
-
-# --- Checkpoint -------------------------------------------------------------------------------------------------------
-
-# Flags that may differ when a run is continued; --total-timesteps may grow.
-MAY_CHANGE = set(
-    "run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite evaluate eval_interval "
-    "metrics_interval log_interval capture_video save_model track wandb_project_name wandb_entity".split()
-)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """End with one line on stderr: code 2 for a flag that makes no sense, 1 for a machine or file that cannot."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = (
-        "can't allocate memory",
-        "could not allocate memory",
-        "unable to mmap",
-        "could not create a primitive",
-    )
-    said = any(phrase in str(error).lower() for phrase in phrases)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary neighbour of `path` and put it in place once it is on disk. Raises OSError with the path."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch.save puts its own error on top
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
-
-
-@dataclass
-class Counters:
-    """Where a run stands."""
-
-    step: int = 0  # interactions
-    updates: int = 0
-    resets: int = 0
-    nonfinite_rewards: int = 0  # taken as 0
-    seconds: float = 0.0
-    measuring_seconds: float = (
-        0.0  # of them in evaluations and metrics, which do not count as training
-    )
-    resumed_at: list[int] = field(default_factory=list)  # steps after which the run was continued
-    wandb_id: str | None = None
-
-
-class Stop:
-    """SIGTERM and SIGINT: noted, so that a run can end between two steps, or obeyed at once where nothing is lost."""
-
-    def __init__(self) -> None:
-        self.signum, self.at_once, self.leaving, self.hint = 0, True, False, ""
-
-    def request(self, signum: int, frame: object = None) -> None:
-        """The signals' handler. The first one counts."""
-        self.signum = self.signum or signum
-        self.obey(self.at_once)
-
-    def obey(self, at_once: bool) -> None:
-        """From now on at once or not; if a signal has come and it is at once: end with code 143 or 130."""
-        self.at_once = at_once
-        if self.signum and at_once and not self.leaving:
-            self.leaving = True
-            fail(f"stopped by {signal.Signals(self.signum).name}{self.hint}", 128 + self.signum)
-
-
-@contextmanager
-def lock_directory(run_dir: Path) -> Iterator[None]:
-    """Make the directory and keep other processes out (a dead one holds no lock); leave no empty directory behind."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{run_dir}: another process is at work there", 1)
-        except OSError:
-            print(
-                f"warning: {run_dir}: no locks on this file system; start no second process there",
-                file=sys.stderr,
-            )
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # somebody may have deleted the directory
-                if [path.name for path in run_dir.iterdir()] == [".lock"]:
-                    (run_dir / ".lock").unlink()
-                    run_dir.rmdir()
-
-
-def compare_flags(flags: dict, saved: dict, path: Path) -> None:
-    """End with one line if the run that `path` belongs to had other flags, those of MAY_CHANGE aside."""
-    if flags.keys() != saved.keys():
-        fail(
-            f"{path} is of another version of this script; use another --exp-name, or --overwrite",
-            1,
-        )
-    others = []
-    for name in sorted(flags.keys() - MAY_CHANGE):
-        if flags[name] != saved[name]:
-            flag, value = name.replace("_", "-"), saved[name]
-            value = " ".join(map(str, value)) if isinstance(value, list) else value
-            others.append(
-                f"--{'' if value else 'no-'}{flag}"
-                if isinstance(value, bool)
-                else f"--{flag} {value}"
-            )
-    if others:
-        fail(
-            f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite",
-            1,
-        )
-
-
-def save_checkpoint(
-    path: Path,
-    flags: dict,
-    counters: Counters,
-    generators: dict,
-    agent: Agent,
-    replay: ReplayBuffer,
-):
-    """Write all that a run needs to go on, but for the emulator. `generators` are torch.Generators by name."""
-    checkpoint = {
-        "script": Path(__file__).name,
-        "version": CHECKPOINT_VERSION,
-        "args": flags,
-        "counters": asdict(counters),
-        "generators": {name: generator.get_state() for name, generator in generators.items()},
-        "tensors": {**agent.tensors(), **replay.tensors()},
-        "events": {
-            file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")
-        },
-    }
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
-    """Cut TensorBoard's files to the given sizes by name, and remove the others."""
-    for file in [path for path in run_dir.glob("events.out.tfevents.*") if path.is_file()]:
-        if file.name in sizes:
-            os.truncate(file, min(sizes[file.name], file.stat().st_size))
-        else:
-            file.unlink()
-
-
-def load_checkpoint(
-    path: Path, flags: dict, generators: dict, agent: Agent, replay: ReplayBuffer
-) -> Counters:
-    """Put all back in place; TensorBoard's files are cut to what they were, so that no step is there twice.
-
-    Ends with one line if the file is not a checkpoint of this script, version and shape, or of other flags. On another
-    kind of device, whose generators have other states, theirs are seeded anew.
-    """
-    try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # about foreign files, which get a line of their own below
-            if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
-                raise ValueError
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (
-            Path(__file__).name,
-            CHECKPOINT_VERSION,
-        ):
-            raise ValueError
-        saved = dict(checkpoint["args"])
-        if flags["total_timesteps"] > saved["total_timesteps"]:
-            saved["total_timesteps"] = flags["total_timesteps"]
-        compare_flags(flags, saved, path)
-        own, tensors = {**agent.tensors(), **replay.tensors()}, checkpoint["tensors"]
-        if {k: (t.shape, t.dtype) for k, t in own.items()} != {
-            k: (t.shape, t.dtype) for k, t in tensors.items()
-        }:
-            raise ValueError
-        if not all(
-            tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()
-        ):
-            raise ValueError
-        counters = Counters(**checkpoint["counters"])
-        for name, default in asdict(Counters()).items():
-            if name != "wandb_id" and type(getattr(counters, name)) is not type(default):
-                raise ValueError
-        if (
-            not 0 < counters.step <= flags["total_timesteps"]
-            or len(counters.resumed_at) >= counters.step
-        ):
-            raise ValueError
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-        replay.cursor = (
-            int(replay.newest_slot) % replay.slots
-        )  # `pending` is 0 after the start() that comes next
-        for name, generator in generators.items():
-            if name == "torch" or saved["device"] == flags["device"]:
-                generator.set_state(checkpoint["generators"][name])
-            else:
-                generator.manual_seed(generator.initial_seed() + counters.step)
-        events = dict(checkpoint["events"])
-        if not all(type(size) is int and size >= 0 for size in events.values()):
-            raise ValueError
-    except OSError as error:
-        fail(f"{path}: {error.strerror or error}", 1)
-    except Exception as error:  # such a file can raise anything
-        if out_of_memory(error):
-            raise
-        fail(
-            f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite",
-            1,
-        )
-    rewind_events(path.parent, events)
-    return counters
-
-
-# --- Run --------------------------------------------------------------------------------------------------------------
+# --- Evaluation -----------------------------------------------------------------------------------
 
 # fmt: off
 RANDOM_HUMAN = {  # returns of a random policy and of a human player (paper, Table 7)
-    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
-    "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
-    "ChopperCommand": (811.0, 7387.8), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
-    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0),
+    "Asterix": (210.0, 8503.3), "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5),
+    "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5), "ChopperCommand": (811.0, 7387.8),
+    "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0), "Freeway": (0.0, 29.6),
+    "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
     "Jamesbond": (29.0, 302.8), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5),
     "KungFuMaster": (258.5, 22736.3), "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6),
     "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0), "RoadRunner": (11.5, 7845.0),
@@ -1096,466 +783,51 @@ def human_normalized_score(env_id: str, mean_return: float) -> float | None:
     return (mean_return - random) / (human - random)
 
 
-# fmt: off
-MANY = 10**9  # upper end of what has no other
-RANGES = {  # of the flags, both ends included
-    "seed": (0, 200_000), "total_timesteps": (1, MANY), "replay_ratio": (1, MANY), "batch_size": (1, 65_536),
-    "learning_starts": (1, MANY), "learning_rate": (1e-12, MANY), "adam_eps": (1e-12, MANY),
-    "max_grad_norm": (1e-12, MANY), "gamma": (0, 1), "n_step": (1, MANY), "n_atoms": (2, 100_000),
-    "v_min": (-MANY, MANY), "v_max": (-MANY, MANY), "hidden_dim": (1, 1_000_000), "noisy_std": (0, MANY),
-    "buffer_size": (1, MANY), "per_alpha": (0, 2), "per_beta": (0, 1), "target_ema": (0, 1), "aug_shift": (0, 83),
-    "aug_intensity": (0, MANY), "sam_rho": (0, MANY), "reset_interval": (0, MANY), "shrink_perturb_alpha": (0, 1),
-    "eval_episodes": (1, 10_000), "eval_epsilon": (0, 1), "eval_interval": (0, MANY), "metrics_interval": (0, MANY),
-    "log_interval": (1, MANY), "torch_threads": (0, 1024), "checkpoint_interval": (0, MANY),
-}
-# fmt: on
+@torch.no_grad()
+def evaluate(
+    network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None
+) -> list[float]:
+    """Play --eval-episodes full games side by side; returns their returns, not clipped.
 
-
-def resolve(args: Args) -> Args:
-    """Fill in what is `auto`; end with one line at the first flag that makes no sense. Writes nothing."""
-    if args.env_id not in GAMES:
-        closest = max(
-            RANDOM_HUMAN,
-            key=lambda g: difflib.SequenceMatcher(None, g.lower(), args.env_id.lower()).ratio(),
-        )
-        fail(
-            f"--env-id {args.env_id!r}: no such Atari game; the closest of the paper's 26 is {closest}",
-            2,
-        )
-    if (
-        args.shrink_perturb_alpha == "auto"
-    ):  # section 4.3: it costs a little at replay ratio 2 and pays above
-        pays = args.replay_ratio >= 4 and args.reset_interval > 0
-        args = replace(args, shrink_perturb_alpha=0.6 if pays else 1.0)
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if value != "auto" and not low <= value <= high:  # nan is out of every range
-            fail(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}", 2)
-    if not args.n_step <= args.learning_starts < args.total_timesteps:
-        fail("--learning-starts must be at least --n-step and below --total-timesteps", 2)
-    if args.buffer_size <= args.n_step:
-        fail("--buffer-size must be above --n-step", 2)
-    if args.v_min >= args.v_max:
-        fail("--v-min must be below --v-max", 2)
-    if args.shrink_perturb_alpha < 1 and args.reset_interval == 0:
-        fail("--shrink-perturb-alpha acts at resets: it needs a --reset-interval above 0", 2)
-    if args.resume and args.overwrite:
-        fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
-    if (
-        args.exp_name in ("", "..")
-        or Path(args.exp_name).name != args.exp_name
-        or not args.exp_name.isprintable()
-    ):
-        fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
-    if not str(args.run_dir).isprintable():
-        fail(f"--run-dir {str(args.run_dir)!r}: must be printable", 2)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail(
-            "--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build",
-            1,
-        )
-    if args.track and find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb", 1)
-    if args.device == "auto":
-        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
-    if args.torch_threads == 0:
-        args = replace(args, torch_threads=min(torch.get_num_threads(), 8))
-    return args
-
-
-def git_commit() -> str | None:
-    """Commit of the repository that this file lies in, if it does."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def memory_needed(num_actions: int, args: Args) -> int:
-    """Bytes that a run holds on its device at most, PyTorch itself aside: frames and weights, and about the rest."""
-    with torch.device("meta"):  # shapes without memory
-        network = QNetwork(num_actions, args)
-    frame, num_copies = (
-        84 * 84,
-        9 if args.sam_rho > 0 else 8,
-    )  # weights, gradient, moments, target, SAM's, composed
-    replay = (args.buffer_size + FRAME_STACK) * (frame + 8 + 4 + 1 + 4)
-    weights = 4 * num_copies * sum(w.numel() for w in network.parameters())
-    # Of each transition: three float stacks, three of each convolution's outputs, the head's, and the projection's.
-    outputs = (2 if args.crelu and args.crelu_scope == "all" else 1) * (
-        32 * 20**2 + 64 * 9**2 + 64 * 7**2
-    )
-    head = 8 * args.hidden_dim + 4 * (num_actions + args.n_atoms) * args.n_atoms
-    transitions = 4 * args.batch_size * (3 * FRAME_STACK * frame + 3 * outputs + head)
-    return replay + weights + transitions + 2**20 * args.eval_episodes
-
-
-def memory_available(device: torch.device) -> float:
-    """Free bytes of the device; on the CPU, also within the container's limit. Infinite where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    available = math.inf
-    with suppress(OSError, ValueError):
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        available = 1024 * int(meminfo["MemAvailable"].split()[0])
-    with suppress(OSError, ValueError):
-        limit, used = (
-            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
-        )
-        available = min(available, limit - used)
-    return available
-
-
-def save_gif(frames: list[np.ndarray], file: BinaryIO) -> None:
-    """Frames, uint8 [84, 84], in about the game's own pace (4 frames in 1/15 s)."""
-    first, *others = [Image.fromarray(frame) for frame in frames]
-    first.save(file, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
-
-
-def run(args: Args, stop: Stop) -> None:
-    """Begin a run or continue it, alone in its directory; leave a finished one as it is."""
-    run_dir = args.run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
-    flags = json.loads(json.dumps(asdict(args), default=str))  # as result.json gives them back
-    num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
-    needed, available = (
-        memory_needed(num_actions, args) / 2**30,
-        memory_available(torch.device(args.device)) / 2**30,
-    )
-    if needed > available and (args.overwrite or not result_path.exists()):
-        sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
-        fail(
-            f"needs {sizes}; lower --buffer-size, --batch-size, --hidden-dim, --n-atoms or --eval-episodes",
-            1,
-        )
-    with lock_directory(run_dir):
-        if result_path.exists() and not args.overwrite:
-            if not args.resume:
-                fail(
-                    f"{run_dir} holds a finished run; change --exp-name or --seed, or pass --overwrite",
-                    1,
-                )
-            try:
-                saved = dict(json.loads(result_path.read_text())["args"])
-            except Exception:  # such a file can raise anything
-                fail(
-                    f"{result_path}: not a result that this script wrote; move it away or pass --overwrite",
-                    1,
-                )
-            compare_flags(flags, saved, result_path)
-            print(f"{run_dir}: finished already")
-            checkpoint_path.unlink(missing_ok=True)  # the run may have been killed before it could
-            return
-        resumed = checkpoint_path.exists() and not args.overwrite
-        if resumed and not args.resume:
-            fail(
-                f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew",
-                1,
-            )
-        if (
-            not resumed
-            and not args.overwrite
-            and any((run_dir / name).exists() for name in ("model.pth", "video.gif"))
-        ):
-            fail(
-                f"{run_dir} holds a model or video without its result; move it away or pass --overwrite",
-                1,
-            )
-        train(run_dir, args, flags, num_actions, resumed, stop)
-
-
-def device_name(args: Args) -> str:
-    """The GPU's name, or the number of the CPU's threads."""
-    return (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
-
-
-def train(
-    run_dir: Path, args: Args, flags: dict, num_actions: int, resumed: bool, stop: Stop
-) -> None:
-    """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
-    checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
-    device = torch.device(args.device)
-    torch.manual_seed(
-        args.seed
-    )  # initialisers, at the start and at resets, and random actions before learning starts
-    # Sampling, augmentation and noise have a generator of their own; so have the metrics, which must change nothing.
-    generator, metrics_generator = (
-        torch.Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist()
-    )
-    generators = {
-        "torch": torch.default_generator,
-        "sampling": generator,
-        "metrics": metrics_generator,
-    }
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
-    num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
-    agent = Agent(num_actions, num_updates, args, generator)
-    replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
-    update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
-    parameters = sum(w.numel() for w in agent.parameters)
-
-    counters = (
-        load_checkpoint(checkpoint_path, flags, generators, agent, replay)
-        if resumed
-        else Counters()
-    )
-    if resumed:
-        counters.resumed_at.append(counters.step)
-        stop.hint = "; --resume continues the run"
-    if args.track:
-        import wandb
-
-        names = {
-            "project": args.wandb_project_name,
-            "entity": args.wandb_entity,
-            "name": run_dir.name,
-        }
-        try:
-            tracked = wandb.init(
-                **names, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True
-            )
-        except wandb.Error as error:  # no login, no network
-            fail(f"--track: Weights & Biases says: {' '.join(str(error).split())}", 1)
-        counters.wandb_id = tracked.id
-    for name in (
-        "result.json",
-        "checkpoint.pth",
-        "model.pth",
-        "video.gif",
-    ):  # of an overwritten run
-        if not resumed:
-            (run_dir / name).unlink(missing_ok=True)
-        (run_dir / f"{name}.tmp").unlink(missing_ok=True)
-    if not resumed:
-        rewind_events(run_dir, {})
-    writer = SummaryWriter(str(run_dir))
-    if not resumed:
-        writer.add_text(
-            "args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags)
-        )
-    start = f"continued after step {counters.step:,}, " if resumed else ""
-    size = f"{parameters:,} parameters, {num_updates:,} updates"
-    print(
-        f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(num_actions, args) / 2**30:.1f} GiB"
-    )
-
-    start_time = time.perf_counter() - counters.seconds
-    checkpoint_time = time.perf_counter()
-    # The emulator's state is not in a checkpoint: a continued run begins an episode, with other no-ops than the first.
-    env_seed = args.seed + 1_000_003 * counters.step % 2**30
-    envs = make_envs(args.env_id, 1, env_seed)
+    Each environment plays one game: of many environments, the first games to end are the short
+    ones. The network (in the paper, the target network) plays without noise, with --eval-epsilon
+    random actions. Environment i has the seed 10,000 * (seed + 1) + i, training the seed itself.
+    `video`, where given, takes the first game's frames, uint8 [84, 84].
+    """
+    network.head.eval()  # no noise
+    device, num_episodes = network.support.device, args.eval_episodes
+    first_seed = 10_000 * (args.seed + 1)
+    envs = make_envs(env_id, num_episodes, first_seed)
+    rng = np.random.default_rng(first_seed)
     frames, info = envs.reset()
-    replay.start(frames[0, 0])
-    lives, episode_return, episode_length = info["lives"][0], 0.0, 0
-    to_capture = args.cuda_graph and device.type == "cuda"
-    progress = tqdm(
-        initial=counters.step,
-        total=args.total_timesteps,
-        desc=args.env_id,
-        unit="step",
-        disable=None,
-    )
-    stop.obey(at_once=False)
-    while True:
-        if evaluation_due(counters.step, args):
-            measuring_start = time.perf_counter()
-            video = [] if args.capture_video and counters.step == args.total_timesteps else None
-            stop.obey(at_once=True)  # the checkpoint of this very step is written
-            returns = evaluate(agent.target, args.env_id, args, video)
-            stop.obey(at_once=False)
-            mean_return = float(np.mean(returns))
-            score = human_normalized_score(args.env_id, mean_return)
-            writer.add_scalar("eval/mean_return", mean_return, counters.step)
-            if score is not None:
-                writer.add_scalar("eval/human_normalized_score", score, counters.step)
-            counters.measuring_seconds += time.perf_counter() - measuring_start
-        if counters.step == args.total_timesteps:
-            break
-        step = counters.step = counters.step + 1
-
-        if step <= args.learning_starts:
-            action = int(torch.randint(num_actions, ()))
-        else:
-            action = int(act())  # waits for the device
-        frames, rewards, terminated, truncated, info = envs.step(np.array([action], dtype=np.int32))
-        reward = float(rewards[0])
-        if not math.isfinite(reward):  # must not reach the replay buffer
-            counters.nonfinite_rewards += 1
-            reward = 0.0
-        lost_life = 0 < info["lives"][0] < lives  # some games are played on with none left
-        episode_over = terminated[0] or truncated[0]
-        episode_return += reward
-        episode_length += 1
-        if episode_over:
-            writer.add_scalar("charts/episodic_return", episode_return, step)
-            writer.add_scalar("charts/episodic_length", episode_length, step)
-            progress.set_postfix({"return": episode_return}, refresh=False)
-            episode_return, episode_length = 0.0, 0
-            frames, info = (
-                envs.reset()
-            )  # else EnvPool's next step would ignore its action and reset
-        replay.add(action, float(np.sign(reward)), bool(lost_life or episode_over), frames[0, 0])
-        lives = info["lives"][0]
-
-        if step >= args.learning_starts:
-            if to_capture:
-                changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-                update, act = (
-                    capture(function, changing, (generator,)) for function in (update, act)
-                )
-                to_capture = False
-            for _ in range(args.replay_ratio):
-                statistics = update()
-                counters.updates += 1
-                if due(args.reset_interval, counters.updates) and step < args.total_timesteps:
-                    agent.reset()
-                    counters.resets += 1
-            if step % args.log_interval == 0 or step == args.total_timesteps:
-                _, skipped, _, longest_row = agent.counts.tolist()
-                if longest_row >= MAX_SKIPPED_IN_A_ROW:
-                    progress.close()
-                    writer.close()
-                    problem = f"{longest_row} updates in a row had a non-finite gradient"
-                    fail(
-                        f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1
-                    )
-                for name, value in zip(
-                    ("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True
-                ):
-                    writer.add_scalar(f"losses/{name}", value, step)
-                writer.add_scalar("losses/skipped_updates", skipped, step)
-                writer.add_scalar("charts/resets", counters.resets, step)
-                writer.add_scalar("charts/nonfinite_rewards", counters.nonfinite_rewards, step)
-                training_time = time.perf_counter() - start_time - counters.measuring_seconds
-                writer.add_scalar("charts/SPS", step / training_time, step)
-            if due(args.metrics_interval, step):
-                measuring_start = time.perf_counter()
-                for name, value in plasticity_metrics(agent, replay, metrics_generator).items():
-                    writer.add_scalar(f"plasticity/{name}", value, step)
-                counters.measuring_seconds += time.perf_counter() - measuring_start
-        progress.update()
-
-        if args.checkpoint_interval == "auto":
-            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
-        else:
-            checkpoint_due = due(args.checkpoint_interval, step)
-        # Before an evaluation too: it can take minutes.
-        if args.checkpoint_interval != 0 and (
-            checkpoint_due or evaluation_due(step, args) or stop.signum
-        ):
-            counters.seconds = time.perf_counter() - start_time
-            writer.flush()
-            try:
-                save_checkpoint(checkpoint_path, flags, counters, generators, agent, replay)
-                stop.hint = "; --resume continues the run"
-            except OSError as error:  # the one before stays, if there is one
-                print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
-            checkpoint_time = time.perf_counter()
-        if stop.signum:
-            progress.close()
-            writer.close()
-            stop.obey(at_once=True)
+    stacks = torch.zeros((num_episodes, FRAME_STACK, 84, 84), dtype=torch.uint8, device=device)
+    stacks[:, -1] = torch.from_numpy(frames[:, 0]).to(device)
+    lives, returns = info["lives"].copy(), np.zeros(num_episodes)
+    playing = np.arange(num_episodes, dtype=np.int32)  # a step after game over would reset a game
+    progress = tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False)
+    while len(playing) > 0:
+        if video is not None and 0 in playing:
+            video.append(stacks[0, -1].clone().cpu().numpy())
+        log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]))
+        actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
+        explore = rng.random(len(playing)) < args.eval_epsilon
+        actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
+        frames, rewards, terminated, truncated, info = envs.step(actions, playing)
+        playing = info["env_id"]  # in the order of the answers
+        returns[playing] += rewards
+        lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
+        lives[playing] = info["lives"]
+        # A new life begins with an empty stack, as in training.
+        index = torch.from_numpy(playing).to(device)
+        same_life = torch.from_numpy(~lost_life).to(device)[:, None, None, None]
+        history = stacks[index, 1:] * same_life
+        stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
+        episode_over = terminated | truncated
+        progress.update(int(episode_over.sum()))
+        playing = playing[~episode_over]
     progress.close()
-    writer.close()
-
-    wall_clock = time.perf_counter() - start_time
-    training_time = wall_clock - counters.measuring_seconds
-    skipped = int(agent.counts[1])
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "envpool": envpool.__version__,
-    }
-    # fmt: off
-    result = {
-        "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id, "seed": args.seed,
-        "args": flags, "env_steps": counters.step, "gradient_updates": counters.updates, "resets": counters.resets,
-        "skipped_updates": skipped, "nonfinite_rewards": counters.nonfinite_rewards, "resumed_at": counters.resumed_at,
-        "parameters": parameters, "episode_returns": returns, "mean_return": mean_return,
-        "human_normalized_score": score, "wall_clock_seconds": wall_clock,
-        "env_steps_per_second": counters.step / training_time, "updates_per_second": counters.updates / training_time,
-        "device": device_name(args), "versions": versions, "git_commit": git_commit(),
-    }
-    # fmt: on
-    try:
-        if args.capture_video:
-            write_atomically(run_dir / "video.gif", lambda file: save_gif(video, file))
-        if args.save_model:
-            model = {"args": flags, "num_actions": num_actions, "target": agent.target.state_dict()}
-            write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
-    except OSError:
-        if (
-            not checkpoint_path.exists()
-        ):  # else --resume repeats the evaluation and writes all three
-            write_atomically(
-                result_path, lambda file: file.write(json.dumps(result, indent=2).encode())
-            )
-        raise
-    write_atomically(result_path, lambda file: file.write(json.dumps(result, indent=2).encode()))
-    checkpoint_path.unlink(missing_ok=True)
-    if skipped > 0:
-        print(
-            f"{skipped:,} of {counters.updates:,} updates had a non-finite gradient and were skipped"
-        )
-    if counters.nonfinite_rewards > 0:
-        print(f"{counters.nonfinite_rewards:,} rewards were not finite numbers and were taken as 0")
-    print(summary(args.env_id, returns) + f"; {result_path}")
-
-
-def due(interval: int, count: int) -> bool:
-    """Whether `count` is a multiple of `interval`; never for interval 0."""
-    return interval > 0 and count > 0 and count % interval == 0
-
-
-def evaluation_due(step: int, args: Args) -> bool:
-    """At the end, and every --eval-interval interactions."""
-    return step == args.total_timesteps or due(args.eval_interval, step)
-
-
-def evaluate_saved(args: Args) -> None:
-    """Play the model at --evaluate: its game, network and seed; --eval-episodes, --eval-epsilon, --device are ours."""
-    gif = Path(f"{args.evaluate}.gif")
-    if args.capture_video and gif.exists() and not args.overwrite:
-        fail(f"{gif} exists; pass --overwrite to replace it", 1)
-    try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # about foreign files, which get a line of their own below
-            model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        ours = {
-            name: getattr(args, name)
-            for name in ("device", "eval_episodes", "eval_epsilon", "torch_threads")
-        }
-        saved = resolve(replace(Args(**model["args"]), **ours, track=False))
-        for name, default in asdict(Args()).items():
-            if type(default) in (int, bool) and type(getattr(saved, name)) is not type(default):
-                raise ValueError(name)
-        network = QNetwork(model["num_actions"], saved)
-        network.load_state_dict(model["target"])
-        if not all(tensor.isfinite().all() for tensor in model["target"].values()):
-            raise ValueError("weights that are not finite")
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        fail(f"--evaluate {str(args.evaluate)!r}: {error.strerror}", 1)
-    except Exception as error:  # such a file can raise anything
-        if out_of_memory(error):
-            raise
-        fail(
-            f"--evaluate {str(args.evaluate)!r}: not a model that this script saved (--save-model)",
-            1,
-        )
-    video = [] if args.capture_video else None
-    returns = evaluate(
-        network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video
-    )
-    print(summary(saved.env_id, returns))
-    if args.capture_video:
-        write_atomically(gif, lambda file: save_gif(video, file))
+    network.head.train()
+    return returns.tolist()
 
 
 def summary(env_id: str, returns: list[float]) -> str:
@@ -1566,35 +838,458 @@ def summary(env_id: str, returns: list[float]) -> str:
     return line if score is None else f"{line}, human-normalized score {score:.3f}"
 
 
-if __name__ == "__main__":
-    nowhere = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # they may be closed
-    stop = Stop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop.request)
-    # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
-    threading.excepthook = lambda hook: (
-        None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
-    )
-    args = resolve(tyro.cli(Args))
-    torch.set_num_threads(args.torch_threads)
+def save_gif(frames: list[np.ndarray], file: BinaryIO) -> None:
+    """Frames, uint8 [84, 84], in about the game's own pace (4 frames in 1/15 s)."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(file, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
+
+
+# --- Metrics --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
+    """Share of activations above 0 (Fig. 4) when `forward` runs the network.
+
+    By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
+    above 0: a layer with it has 0.5 by construction.
+    """
+    active: dict[str, Tensor] = {}  # bool, by layer
+
+    def keep(name: str) -> Callable:
+        return lambda module, inputs, output: active.update({name: (output > 0).flatten()})
+
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    for part in ("backbone", "head"):
+        active[part] = torch.cat([active[name] for name in layers if name.startswith(part)])
+    return {name: int(units.sum()) / len(units) for name, units in active.items()}
+
+
+def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
+    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by Lanczos.
+
+    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the
+    residual of the largest Ritz pair falls below a thousandth of its value, after 100 products at
+    the latest; TF32 leaves three digits. nan for a loss that is not finite.
+    """
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.cat([g.flatten() for g in gradients])
+
+    def hessian_times(vector: Tensor) -> Tensor:
+        products = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+        return torch.cat([g.flatten() for g in products])
+
+    vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
+    vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
+    tridiagonal = np.zeros((101, 101))
+    for k in range(100):
+        product = hessian_times(vector) - beta * previous
+        tridiagonal[k, k] = float(product @ vector)
+        product -= tridiagonal[k, k] * vector
+        beta = float(product.norm())
+        if not math.isfinite(beta):
+            return math.nan
+        ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
+        if beta * abs(ritz_vectors[-1, -1]) <= 1e-3 * abs(ritz_values[-1]):
+            break
+        tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
+        previous, vector = vector, product / beta
+    return float(ritz_values[-1])
+
+
+def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: Generator) -> dict:
+    """Active units on 512 transitions and sharpness on 32, drawn uniformly.
+
+    Without noise, augmentation and importance weights.
+    """
+    online, target = agent.online, agent.target
+    online.head.eval()
+    target.head.eval()
+    batch = replay.sample_uniform(512, generator)
+    units = active_units(online, lambda: online(to_images(batch.obs)))
+    metrics = {f"active_units/{name}": share for name, share in units.items()}
+
+    batch = Batch(*(entry[:32] for entry in batch))
+    td_target = agent.td_target(batch, to_images(batch.next_obs))
+    # Not online(images): its scaled backward pass gives a matrix that is no Hessian.
+    log_probs = online.head(online.backbone(to_images(batch.obs)))
+    loss = cross_entropy(log_probs, batch.action, td_target).mean()
+    means = [w for name, w in online.named_parameters() if "sigma" not in name]  # sigma is idle
+    metrics["hessian_max_eigenvalue"] = max_eigenvalue(loss, means, generator)
+    online.head.train()
+    target.head.train()
+    return metrics
+
+
+# --- Checkpoint -----------------------------------------------------------------------------------
+
+# Flags that may differ when a run is continued.
+MAY_CHANGE = set(
+    "run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite evaluate "
+    "eval_interval metrics_interval log_interval capture_video save_model track "
+    "wandb_project_name wandb_entity".split()
+)
+
+
+@dataclass
+class Counters:
+    """Where a run stands."""
+
+    step: int = 0
+    updates: int = 0
+    resets: int = 0
+    seconds: float = 0.0  # of all, evaluations included
+    training_seconds: float = 0.0  # of acting and learning
+    resumed_at: list[int] = field(default_factory=list)  # steps after which it was continued
+    git_commit: str | None = None  # of this process's code
+    wandb_id: str | None = None
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside `path`, and put it there once it is on disk: a kill leaves the old file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # torch.save puts one on top of "no space left on device"
+        raise error.__context__ or error from None
+    os.replace(temporary, path)
+
+
+def check_flags(args: Args, saved: dict, path: Path) -> None:
+    """End with one line if the run that `path` belongs to had other flags."""
+    others = [
+        f"--{name.replace('_', '-')} {saved.get(name)}"
+        for name, value in asdict(args).items()
+        if name not in MAY_CHANGE and saved.get(name) != value
+    ]
+    if others:
+        advice = "use that, another --exp-name, or --overwrite"
+        sys.exit(f"error: {path} was made with {', '.join(others)}; {advice}")
+
+
+def save_checkpoint(path: Path, args: Args, counters: Counters, generators: dict, tensors: dict):
+    """Write all that a run needs to go on but the emulator's state: it will begin a new episode."""
+    checkpoint = {
+        "args": asdict(args),
+        "counters": asdict(counters),
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+        "tensors": tensors,
+    }
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> Counters:
+    """Put all back in place; returns the counters.
+
+    On another device than before, random streams begin anew: its generators have other states.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        check_flags(args, checkpoint["args"], path)
+        for name, tensor in tensors.items():
+            tensor.copy_(checkpoint["tensors"][name])
+        if checkpoint["args"]["device"] == args.device:
+            for name, generator in generators.items():
+                generator.set_state(checkpoint["generators"][name])
+        return Counters(**checkpoint["counters"])
+    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
+        problem = f"not a checkpoint of this script ({type(error).__name__})"
+        sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
+
+
+# --- Run ------------------------------------------------------------------------------------------
+
+
+def due(interval: int, count: int) -> bool:
+    """Whether `count` is a multiple of `interval`; never for interval 0."""
+    return interval > 0 and count > 0 and count % interval == 0
+
+
+def git_commit() -> str | None:
+    """Commit of the repository that this file lies in, if it does; "-dirty" where files changed."""
+    command = "git describe --always --dirty --abbrev=40 --exclude '*'"  # the hash, never a tag
+    here = Path(__file__).parent
+    git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+    return git.stdout.strip() or None
+
+
+def device_name(args: Args) -> str:
+    """The GPU's name, or the number of the CPU's threads."""
     if args.device == "cuda":
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # TF32 in matrix products, as PyTorch has it in convolutions
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def make_generators(args: Args) -> dict[str, Generator]:
+    """All sources of random numbers but the environment's, by name, seeded."""
+    torch.manual_seed(args.seed)  # initialisers, at the start and at resets; random first actions
+    seeds = torch.randint(2**31, (2,)).tolist()
+    # Metrics have their own: measuring must change nothing of what is learned.
+    sampling, metrics = (Generator(args.device).manual_seed(seed) for seed in seeds)
+    generators = {"torch": torch.default_generator, "sampling": sampling, "metrics": metrics}
+    if args.device == "cuda":  # initialisers at resets
+        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+    return generators
+
+
+def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWriter:
+    """TensorBoard and, with --track, Weights & Biases; what --overwrite replaces is removed."""
+    if args.track:
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
+        counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
+    if args.overwrite:
+        old = run_dir.glob("events.out.tfevents.*")
+        names = ("result.json", "checkpoint.pth", "model.pth", "video.gif")
+        for path in [*old, *(run_dir / name for name in names)]:
+            path.unlink(missing_ok=True)
+    # purge_step hides from readers what a killed process logged after its last checkpoint.
+    writer = SummaryWriter(str(run_dir), purge_step=counters.step + 1)
+    table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
+    writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
+    return writer
+
+
+def log_evaluation(writer: SummaryWriter, env_id: str, returns: list[float], step: int) -> None:
+    """Mean return and, for the paper's games, human-normalized score."""
+    mean_return = float(np.mean(returns))
+    writer.add_scalar("eval/mean_return", mean_return, step)
+    score = human_normalized_score(env_id, mean_return)
+    if score is not None:
+        writer.add_scalar("eval/human_normalized_score", score, step)
+
+
+def check_finite(losses: Tensor, step: int) -> None:
+    """End with one line if the newest losses are not finite: a nan, once there, never leaves."""
+    if not losses.isfinite().all():
+        advice = "lower --learning-rate or --sam-rho"
+        sys.exit(f"error: step {step}: loss or gradient is not finite; {advice}")
+
+
+def on_stop_signals(handler: Callable | signal.Handlers) -> None:
+    """What SIGTERM and Ctrl-C do from now on."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, handler)
+
+
+def catch_stop_signals() -> list[int]:
+    """A list that the next one joins, so that the step can end; one more ends the process."""
+    caught: list[int] = []
+
+    def stop(signum: int, frame: object) -> None:
+        caught.append(signum)
+        on_stop_signals(signal.SIG_DFL)
+
+    on_stop_signals(stop)
+    return caught
+
+
+def write_result(run_dir: Path, args: Args, counters: Counters, agent: Agent, returns: list):
+    """result.json, the last of a run's files: a directory with it holds a finished run."""
+    mean_return, versions = float(np.mean(returns)), {"python": platform.python_version()}
+    versions |= {"torch": torch.__version__, "envpool": envpool.__version__}
+    # fmt: off
+    result = {
+        "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id,
+        "seed": args.seed, "args": asdict(args), "env_steps": counters.step,
+        "gradient_updates": counters.updates, "resets": counters.resets,
+        "resumed_at": counters.resumed_at, "parameters": sum(w.numel() for w in agent.parameters),
+        "episode_returns": returns, "mean_return": mean_return,
+        "human_normalized_score": human_normalized_score(args.env_id, mean_return),
+        "wall_clock_seconds": counters.seconds,
+        "env_steps_per_second": counters.step / counters.training_seconds,
+        "updates_per_second": counters.updates / counters.training_seconds,
+        "device": device_name(args), "versions": versions,
+        "git_commit": counters.git_commit,
+    }
+    # fmt: on
+    content = json.dumps(result, indent=2).encode()
+    write_atomically(run_dir / "result.json", lambda file: file.write(content))
+
+
+def train(args: Args, run_dir: Path) -> None:
+    """A run from its seed, or from its checkpoint, to result.json."""
+    checkpoint_path, generators = run_dir / "checkpoint.pth", make_generators(args)
+    num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
+    num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
+    agent = Agent(num_actions, num_updates, args, generators["sampling"])
+    replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device(args.device))
+    update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
+    if args.cuda_graph and args.device == "cuda":
+        changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
+        update, act = (capture(function, changed, (agent.generator,)) for function in (update, act))
+
+    counters, tensors = Counters(), {**agent.tensors(), **replay.tensors()}
+    if checkpoint_path.exists() and not args.overwrite:
+        counters = load_checkpoint(checkpoint_path, args, generators, tensors)
+        counters.resumed_at.append(counters.step)
+    counters.git_commit = git_commit()
+    # The emulator's state is not in a checkpoint: a continued run begins a new episode, with other
+    # no-ops than the first one's and the evaluation's.
+    envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.step) % 2**30)
+    frames, info = envs.reset()
+    replay.start(frames[0, 0])
+    lives, episode_return, episode_length = info["lives"][0], 0.0, 0
+
+    writer = start_logging(args, run_dir, counters)
+    size = f"{sum(w.numel() for w in agent.parameters):,} parameters, {num_updates:,} updates"
+    print(f"{run_dir}: {size}, on {device_name(args)}, from step {counters.step}", file=sys.stderr)
+    start_time, checkpoint_time = time.perf_counter() - counters.seconds, time.perf_counter()
+    losses, stop_signals = torch.zeros(3), catch_stop_signals()
+    steps = range(counters.step + 1, args.total_timesteps + 1)
+    # With disable=None there is no bar where there is no terminal.
+    progress = tqdm(steps, args.env_id, args.total_timesteps, initial=counters.step, disable=None)
+    for step in progress:
+        counters.step, step_start = step, time.perf_counter()
+        last = step == args.total_timesteps
+
+        # Act
+        if step <= args.learning_starts:
+            action = int(torch.randint(num_actions, ()))
+        else:
+            action = int(act())  # waits for the device
+        frames, rewards, terminated, truncated, info = envs.step(np.array([action], np.int32))
+        # Some games are played on for a while with no life left: that is not yet game over.
+        lost_life = 0 < info["lives"][0] < lives
+        episode_over = terminated[0] or truncated[0]
+        episode_return += float(rewards[0])  # not clipped
+        episode_length += 1
+        if episode_over:
+            writer.add_scalar("charts/episodic_return", episode_return, step)
+            writer.add_scalar("charts/episodic_length", episode_length, step)
+            progress.set_postfix({"return": episode_return}, refresh=False)
+            episode_return, episode_length = 0.0, 0
+            frames, info = envs.reset()  # EnvPool's next step would ignore its action and reset
+        lives = info["lives"][0]
+        reward = float(np.sign(rewards[0]))
+        done = bool(lost_life or episode_over)  # a time limit, too: nothing is bootstrapped there
+        replay.add(action, reward, done, frames[0, 0])
+
+        # Learn
+        if step >= args.learning_starts:
+            for _ in range(args.replay_ratio):
+                losses = update()
+                counters.updates += 1
+                if due(args.reset_interval, counters.updates) and not last:
+                    agent.reset()
+                    counters.resets += 1
+        counters.training_seconds += time.perf_counter() - step_start
+
+        # Log
+        if step >= args.learning_starts and (due(args.log_interval, step) or last):
+            check_finite(losses, step)
+            names = ("td_loss", "q_values", "gradient_norm")
+            for name, value in zip(names, losses.tolist(), strict=True):
+                writer.add_scalar(f"losses/{name}", value, step)
+            writer.add_scalar("charts/resets", counters.resets, step)
+            writer.add_scalar("charts/SPS", step / counters.training_seconds, step)
+        if step >= args.learning_starts and due(args.metrics_interval, step):
+            for name, value in plasticity_metrics(agent, replay, generators["metrics"]).items():
+                writer.add_scalar(f"plasticity/{name}", value, step)
+        if due(args.eval_interval, step) and not last:
+            log_evaluation(writer, args.env_id, evaluate(agent.target, args.env_id, args), step)
+
+        # Checkpoint
+        if args.checkpoint_interval == "auto":
+            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
+        else:
+            checkpoint_due = due(args.checkpoint_interval, step)
+        if args.checkpoint_interval != 0 and (checkpoint_due or last or stop_signals):
+            check_finite(losses, step)
+            writer.flush()
+            counters.seconds = time.perf_counter() - start_time
+            save_checkpoint(checkpoint_path, args, counters, generators, tensors)
+            checkpoint_time = time.perf_counter()
+        if stop_signals:
+            progress.close()
+            print(f"stopped after step {step}", file=sys.stderr)
+            sys.exit(128 + stop_signals[0])
+
+    # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
+    on_stop_signals(signal.SIG_DFL)
+    video = [] if args.capture_video else None
+    returns = evaluate(agent.target, args.env_id, args, video)
+    log_evaluation(writer, args.env_id, returns, args.total_timesteps)
+    writer.close()
+    counters.seconds = time.perf_counter() - start_time
+    if video is not None:
+        write_atomically(run_dir / "video.gif", lambda file: save_gif(video, file))
+    if args.save_model:
+        target = agent.target.state_dict()
+        model = {"args": asdict(args), "num_actions": num_actions, "target": target}
+        write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
+    write_result(run_dir, args, counters, agent, returns)
+    checkpoint_path.unlink(missing_ok=True)
+    print(f"{summary(args.env_id, returns)}; {run_dir / 'result.json'}")
+
+
+def run(args: Args) -> None:
+    """Begin a run or continue it, alone in its directory; what is there stays unless told."""
+    run_dir = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    result_path, checkpoint_path = run_dir / "result.json", run_dir / "checkpoint.pth"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / ".lock", blocking=False):
+            if result_path.exists() and args.resume:
+                check_flags(args, json.loads(result_path.read_text())["args"], result_path)
+                checkpoint_path.unlink(missing_ok=True)  # of a run killed before it could
+                print(f"{run_dir}: finished already", file=sys.stderr)
+            elif result_path.exists() and not args.overwrite:
+                advice = "change --exp-name or --seed, or pass --overwrite"
+                sys.exit(f"error: {run_dir} holds a finished run; {advice}")
+            elif checkpoint_path.exists() and not (args.resume or args.overwrite):
+                advice = "pass --resume to continue it, or --overwrite to begin anew"
+                sys.exit(f"error: {run_dir} holds an unfinished run; {advice}")
+            else:
+                train(args, run_dir)
+    except Timeout:
+        sys.exit(f"error: another process is at work in {run_dir}")
+
+
+def evaluate_saved(args: Args) -> None:
+    """Play the model at --evaluate: the file's game, flags and seed.
+
+    This command's device, threads, --eval-episodes and --eval-epsilon; with --capture-video, a GIF
+    beside the file.
+    """
+    gif = Path(f"{args.evaluate}.gif")
+    if args.capture_video and gif.exists() and not args.overwrite:
+        sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
+    try:
+        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        ours = ("device", "torch_threads", "eval_episodes", "eval_epsilon", "track")
+        saved = Args(**model["args"] | {name: getattr(args, name) for name in ours})
+        network = QNetwork(model["num_actions"], saved)
+        network.load_state_dict(model["target"])
+    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
+        problem = f"not a model that this script saved ({type(error).__name__})"
+        sys.exit(f"error: --evaluate {args.evaluate}: {problem}")
+    video = [] if args.capture_video else None
+    network = network.to(args.device, memory_format=torch.channels_last)
+    returns = evaluate(network, saved.env_id, saved, video)
+    if video is not None:
+        write_atomically(gif, lambda file: save_gif(video, file))
+    print(summary(saved.env_id, returns))
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    torch.set_num_threads(args.torch_threads)
+    if args.device == "cuda":  # TF32 in matrix products, as PyTorch has it in convolutions
+        torch.set_float32_matmul_precision("high")
     try:
         if args.evaluate is None:
-            run(args, stop)
+            run(args)
         else:
             evaluate_saved(args)
-    except FloatingPointError as error:
-        fail(f"{error}", 1)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        fail("out of memory; lower --buffer-size, --batch-size, --hidden-dim or --n-atoms", 1)
-    except OSError as error:  # no permission, no space, no such directory
-        fail(f"cannot write {error.filename or args.run_dir}: {error.strerror or error}", 1)
-    finally:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_IGN)  # on the way out, one more changes nothing
+    except OSError as error:  # a full disk, a missing permission
+        sys.exit(f"error: {error}")

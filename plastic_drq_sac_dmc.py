@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -150,7 +150,7 @@ class Args:
     # fmt: on
 
 
-# --- Environment ------------------------------------------------------------------------------------------------------
+# --- Environment ----------------------------------------------------------------------------------
 
 
 class DMControl(gym.Env):
@@ -219,11 +219,11 @@ class DMControl(gym.Env):
         return self.render(), reward, terminated, time_step.last() and not terminated, {}
 
 
-# --- Networks ---------------------------------------------------------------------------------------------------------
+# --- Networks -------------------------------------------------------------------------------------
 
 
 class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1, as released)."""
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -233,7 +233,7 @@ class PixelLayerNorm(nn.LayerNorm):
 
 
 class CReLU(nn.Module):
-    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...], so that no input loses its gradient (section 2.2)."""
+    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...]; no input loses its gradient (section 2.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([F.relu(x), F.relu(-x)], dim=1)
@@ -372,7 +372,7 @@ class Actor(nn.Module):
         return torch.tanh(x), (log_gaussian - log_slope).sum(1)
 
 
-# --- Replay -----------------------------------------------------------------------------------------------------------
+# --- Replay ---------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -443,7 +443,7 @@ class ReplayBuffer:
         """The observation to act on: uint8 [1, frames * channels, H, W]."""
         return self.stack(self.newest_slot)
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+    def sample(self, batch_size: int, generator: Generator) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         cumulative = self.valid.cumsum(0)
         uniform = torch.rand(
@@ -468,26 +468,21 @@ class ReplayBuffer:
         }
 
 
-def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generator) -> Tensor:
+def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> Tensor:
     """DrQ's augmentation, one draw per stack: uint8 [B, C, H, W] -> images, float32 [B, C, H, W].
 
-    A random shift of up to `shift` pixels with edge padding, then a factor 1 + intensity * clip(N(0, 1), -2, 2).
+    A random shift of up to `shift` pixels, with edge padding, then a factor
+    1 + intensity * clip(N(0, 1), -2, 2).
     """
     batch, channels, height, width = obs.shape
     if shift > 0:
-        dy, dx = torch.randint(
-            -shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device
-        )
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(
-            0, height - 1
-        )  # clamping repeats the edge
+        offsets = (2, batch, 1)
+        dy, dx = torch.randint(-shift, shift + 1, offsets, generator=generator, device=obs.device)
+        # Clamping repeats the edge: shifted by -1, rows 0, 1, 2 show 0, 0, 1.
+        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)
         columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
-        pixels = (
-            (rows[:, :, None] * width + columns[:, None, :])
-            .view(batch, 1, -1)
-            .expand(-1, channels, -1)
-        )
-        obs = obs.flatten(2).gather(2, pixels).view_as(obs)
+        pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1)
+        obs = obs.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
         noise = torch.randn((batch, 1, 1, 1), generator=generator, device=obs.device)
@@ -496,31 +491,32 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generato
 
 
 def to_images(obs: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 in [0, 1], channels last in memory (the layout that convolutions like best)."""
+    """uint8 [B, C, H, W] -> float32 in [0, 1], channels last in memory, as convolutions like it."""
     return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-# --- Interventions ----------------------------------------------------------------------------------------------------
+# --- Interventions --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def sam_perturb(parameters: list[nn.Parameter], backup: list[Tensor], rho: float) -> None:
-    """SAM's ascent: w <- w + rho * g / ||g||, the norm over all of `parameters` (appendix B.1; Algorithms 1 and 2).
+@contextmanager
+def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) -> Iterator[None]:
+    """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
-    `backup`, tensors of the same shapes, keeps the unperturbed w for sam_restore. A parameter without gradient stays.
+    g is what .grad holds, and the norm is over all `parameters` (Algorithms 1 and 2). A parameter
+    without gradient stays. `backup` are tensors of the same shapes, which keep w.
     """
-    torch._foreach_copy_(backup, parameters)
-    perturbed = [w for w in parameters if w.grad is not None]
-    norm = nn.utils.get_total_norm([w.grad for w in perturbed])
-    scale = rho / (norm + 1e-12)
-    for w in perturbed:
-        w.addcmul_(w.grad, scale)
-
-
-@torch.no_grad()
-def sam_restore(parameters: list[nn.Parameter], backup: list[Tensor]) -> None:
-    """Undo sam_perturb, exactly."""
-    torch._foreach_copy_(parameters, backup)
+    with torch.no_grad():
+        torch._foreach_copy_(backup, parameters)
+        perturbed = [w for w in parameters if w.grad is not None]
+        norm = nn.utils.get_total_norm([w.grad for w in perturbed])
+        scale = rho / (norm + 1e-12)
+        for w in perturbed:
+            w.addcmul_(w.grad, scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, backup)
 
 
 def set_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> None:
@@ -540,21 +536,20 @@ def sam_gradient(
     loss, *others = loss_function()
     set_gradient(loss, parameters)
     if perturbed:
-        sam_perturb(perturbed, backup, rho)
-        set_gradient(loss_function()[0], parameters)
-        sam_restore(perturbed, backup)
+        with sam_perturbed(perturbed, backup, rho):
+            set_gradient(loss_function()[0], parameters)
     return loss.detach(), *(other.detach() for other in others)
 
 
 @torch.no_grad()
-def clear_adam(optimizer: torch.optim.Adam) -> None:
-    """Set the moments and the step counts to zero, in place."""
+def reset_optimizer(optimizer: torch.optim.Adam) -> None:
+    """Set Adam's moments and step counts to zero, in place."""
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
 
 
-# --- Update -----------------------------------------------------------------------------------------------------------
+# --- Update ---------------------------------------------------------------------------------------
 
 
 def td_error(q_values: Tensor, td_target: Tensor) -> Tensor:
@@ -563,10 +558,10 @@ def td_error(q_values: Tensor, td_target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def move_target(target: nn.Module, online: nn.Module, rate: Tensor) -> None:
-    """Moving average w- <- (1 - rate) * w- + rate * w, in place; rate = 1 - tau, a scalar (Algorithms 1 and 2)."""
+def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2; elsewhere tau is 1 - tau)."""
     for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
-        w_target.lerp_(w, rate)
+        w_target.lerp_(w, 1 - tau)
 
 
 class Agent:
@@ -576,7 +571,7 @@ class Agent:
     longest such row. An update is skipped as a whole if a gradient of critic, actor or temperature is not finite.
     """
 
-    def __init__(self, action_dim: int, args: Args, generator: torch.Generator) -> None:
+    def __init__(self, action_dim: int, args: Args, generator: Generator) -> None:
         self.args, self.action_dim, self.generator = args, action_dim, generator
         device = generator.device
         self.online = Critic(action_dim, args).to(device, memory_format=torch.channels_last)
@@ -601,7 +596,6 @@ class Agent:
             name: [torch.empty_like(w) for w in perturbed]
             for name, perturbed in self.perturbed.items()
         }
-        self.target_rate = torch.tensor(1 - args.target_ema, device=device)
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
         self.changing = list(self.learned().values())
         self.before = [torch.empty_like(tensor) for tensor in self.changing]
@@ -615,7 +609,7 @@ class Agent:
         for w in parameters:
             w.grad = torch.zeros_like(w)
         optimizer.step()
-        clear_adam(optimizer)
+        reset_optimizer(optimizer)
         return optimizer
 
     @torch.no_grad()
@@ -654,7 +648,7 @@ class Agent:
         (critic_loss,) = self.descend(
             ("encoder", "critic_head"), lambda: (td_error(online(images, batch.action), td_target),)
         )
-        move_target(self.target, online, self.target_rate)
+        soft_update(self.target, online, args.target_ema)
 
         with torch.no_grad():  # the actor's loss does not reach the encoder
             features = online.backbone(images)
@@ -737,24 +731,21 @@ class Agent:
                 w.copy_(phi)
         self.log_alpha.fill_(math.log(self.args.initial_temperature))
         for name in ("critic_head", "actor", "temperature"):
-            clear_adam(self.optimizers[name])
+            reset_optimizer(self.optimizers[name])
 
 
 def capture(
-    function: Callable[[], Tensor],
-    tensors: list[Tensor],
-    generators: tuple[torch.Generator, ...] = (),
+    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[Generator, ...] = ()
 ) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
-    The function must not wait for the device, and everything that changes must lie in tensors that stay where they
-    are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
-    choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
+    The function must not wait for the device, and everything that changes must lie in tensors that
+    stay where they are. What the returned function returns is overwritten when it is called again.
+    Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
+    all that they change, are put back.
     """
-    saved, states = (
-        [tensor.clone() for tensor in tensors],
-        [generator.get_state() for generator in generators],
-    )
+    saved = [tensor.clone() for tensor in tensors]
+    states = [generator.get_state() for generator in generators]
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -777,7 +768,7 @@ def capture(
     return run_graph
 
 
-# --- Evaluation and metrics -------------------------------------------------------------------------------------------
+# --- Evaluation and metrics -----------------------------------------------------------------------
 
 
 def make_quiet_env(args: Args) -> DMControl:
@@ -857,51 +848,39 @@ def evaluate(agent: Agent, args: Args, video: list[np.ndarray] | None = None) ->
 
 @torch.no_grad()
 def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
-    """Share of activations above 0 (Fig. 4) when `forward` runs the network: by layer, and in all backbone and head.
+    """Share of activations above 0 (Fig. 4) when `forward` runs the network.
 
-    Of CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
+    By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
+    above 0: a layer with it has 0.5 by construction.
     """
-    counts: dict[str, tuple[int, int]] = {}
+    active: dict[str, Tensor] = {}  # bool, by layer
 
-    def count(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            counts[name] = (int((output > 0).sum()), output.numel())
+    def keep(name: str) -> Callable:
+        return lambda module, inputs, output: active.update({name: (output > 0).flatten()})
 
-        return hook
-
-    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)]
-    hooks = [module.register_forward_hook(count(name)) for name, module in layers]
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
     forward()
     for hook in hooks:
         hook.remove()
     for part in ("backbone", "head"):
-        active, units = np.sum([n for name, n in counts.items() if name.startswith(part)], axis=0)
-        counts[part] = (int(active), int(units))
-    return {name: active / units for name, (active, units) in counts.items()}
+        active[part] = torch.cat([active[name] for name in layers if name.startswith(part)])
+    return {name: int(units.sum()) / len(units) for name, units in active.items()}
 
 
-def max_eigenvalue(
-    loss: Tensor,
-    parameters: list[nn.Parameter],
-    generator: torch.Generator,
-    tolerance: float = 1e-3,
-) -> float:
-    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
+def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
+    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by Lanczos.
 
-    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
-    largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest. TF32 leaves three digits.
+    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the
+    residual of the largest Ritz pair falls below a thousandth of its value, after 100 products at
+    the latest; TF32 leaves three digits. nan for a loss that is not finite.
     """
-    gradient = torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
-    )
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.cat([g.flatten() for g in gradients])
 
     def hessian_times(vector: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
-            ]
-        )
+        products = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+        return torch.cat([g.flatten() for g in products])
 
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
@@ -914,7 +893,7 @@ def max_eigenvalue(
         if not math.isfinite(beta):
             return math.nan
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
-        if beta * abs(ritz_vectors[-1, -1]) <= tolerance * abs(ritz_values[-1]):
+        if beta * abs(ritz_vectors[-1, -1]) <= 1e-3 * abs(ritz_values[-1]):
             break
         tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
         previous, vector = vector, product / beta
@@ -924,21 +903,21 @@ def max_eigenvalue(
 def plasticity_metrics(agent: Agent, replay: ReplayBuffer, step: int) -> dict[str, float]:
     """Active units of encoder and critic on 512 transitions and sharpness of its loss on 32; no augmentation."""
     device = agent.generator.device  # generators of their own: metrics must change nothing
-    batch = replay.sample(512, torch.Generator(replay.valid.device).manual_seed(step))
+    batch = replay.sample(512, Generator(replay.valid.device).manual_seed(step))
     batch = Batch(*(entry.to(device) for entry in batch))
     units = active_units(agent.online, lambda: agent.online(to_images(batch.obs), batch.action))
     metrics = {f"active_units/{name}": share for name, share in units.items()}
     batch = Batch(*(entry[:32] for entry in batch))
     td_target = agent.td_target(batch, to_images(batch.next_obs), torch.zeros_like(batch.action))
     loss = td_error(agent.online(to_images(batch.obs), batch.action), td_target)
-    generator = torch.Generator(device).manual_seed(step)
+    generator = Generator(device).manual_seed(step)
     metrics["hessian_max_eigenvalue"] = max_eigenvalue(
         loss, list(agent.online.parameters()), generator
     )
     return metrics
 
 
-# --- Checkpoint -------------------------------------------------------------------------------------------------------
+# --- Checkpoint -----------------------------------------------------------------------------------
 
 # Flags that may differ when a run is continued.
 MAY_CHANGE = set(
@@ -966,22 +945,16 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary neighbour of `path` and put it in place once it is on disk. Raises OSError with the path."""
+    """Write beside `path`, and put it there once it is on disk: a kill leaves the old file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch.save puts its own error on top
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    except RuntimeError as error:  # torch.save puts one on top of "no space left on device"
+        raise error.__context__ or error from None
+    os.replace(temporary, path)
 
 
 @dataclass
@@ -1074,7 +1047,7 @@ def save_checkpoint(
     agent: Agent,
     replay: ReplayBuffer,
 ):
-    """Write all that a run needs to go on, but for the simulation. `generators` are torch.Generators by name."""
+    """Write all that a run needs to go on, but for the simulation. `generators` are Generators by name."""
     checkpoint = {
         "script": Path(__file__).name,
         "version": CHECKPOINT_VERSION,
@@ -1162,7 +1135,7 @@ def load_checkpoint(
     return counters
 
 
-# --- Run --------------------------------------------------------------------------------------------------------------
+# --- Run ------------------------------------------------------------------------------------------
 
 # fmt: off
 MANY = 10**9  # upper end of what has no other
@@ -1226,12 +1199,11 @@ def resolve(args: Args) -> Args:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository that this file lies in, if it does."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Commit of the repository that this file lies in, if it does; "-dirty" where files changed."""
+    command = "git describe --always --dirty --abbrev=40 --exclude '*'"  # the hash, never a tag
+    here = Path(__file__).parent
+    git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+    return git.stdout.strip() or None
 
 
 def memory_needed(action_dim: int, args: Args) -> tuple[int, int]:
@@ -1354,11 +1326,9 @@ def run(args: Args, stop: Stop) -> None:
 
 def device_name(args: Args) -> str:
     """The GPU's name, or the number of the CPU's threads."""
-    return (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    if args.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def train(
@@ -1379,8 +1349,8 @@ def train(
     # Sampling has a generator of its own, and so have augmentation and noise.
     seeds = torch.randint(2**31, (2,)).tolist()
     generator, sampling = (
-        torch.Generator(device).manual_seed(seeds[0]),
-        torch.Generator(replay_device).manual_seed(seeds[1]),
+        Generator(device).manual_seed(seeds[0]),
+        Generator(replay_device).manual_seed(seeds[1]),
     )
     generators = {"torch": torch.default_generator, "agent": generator, "sampling": sampling}
     num_steps = args.total_timesteps // args.action_repeat
@@ -1553,7 +1523,7 @@ def train(
                 save_checkpoint(checkpoint_path, flags, counters, generators, agent, replay)
                 stop.hint = "; --resume continues the run"
             except OSError as error:  # the one before stays, if there is one
-                print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
+                print(f"warning: {checkpoint_path} not written: {error.strerror}", file=sys.stderr)
             checkpoint_time = time.perf_counter()
         if stop.signum:
             progress.close()
@@ -1657,7 +1627,7 @@ def evaluate_saved(args: Args) -> None:
         for name, default in asdict(Args()).items():
             if type(default) in (int, bool) and type(getattr(saved, name)) is not type(default):
                 raise ValueError(name)
-        agent = Agent(model["action_dim"], saved, torch.Generator(saved.device))
+        agent = Agent(model["action_dim"], saved, Generator(saved.device))
         agent.online.backbone.load_state_dict(model["backbone"])
         agent.actor.load_state_dict(model["actor"])
         if not all(tensor.isfinite().all() for tensor in agent.learned().values()):

@@ -55,7 +55,7 @@ import torch.nn.functional as F
 import tyro
 from envpool.atari.registration import atari_game_list
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -149,28 +149,29 @@ class Args:
     # fmt: on
 
 
-# --- Environment ------------------------------------------------------------------------------------------------------
+# --- Environment ----------------------------------------------------------------------------------
 
 
 def make_envs(env_id: str, num_envs: int, seed: int):
-    """Atari as the paper plays it, in an EnvPool with Gymnasium's API; env i is seeded with seed + i, once, here.
+    """Atari as the paper plays it: an EnvPool with Gymnasium's API; env i has the seed seed + i.
 
-    Observations are the newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and frame stacks are left to the
+    It takes its seed here and nowhere else: reset(seed=...) does nothing. Observations are the
+    newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and stacks of frames are left to the
     caller: EnvPool's own episodic_life would play no-ops after every lost life.
     """
     # fmt: off
     return envpool.make_gymnasium(
-        f"{env_id}-v5", num_envs=num_envs, seed=seed, stack_num=1, frame_skip=4, noop_max=30, max_episode_steps=27_000,
-        repeat_action_probability=0.0, full_action_space=False, use_inter_area_resize=False, use_fire_reset=False,
-        episodic_life=False, reward_clip=False,
+        f"{env_id}-v5", num_envs=num_envs, seed=seed, stack_num=1, frame_skip=4, noop_max=30,
+        max_episode_steps=27_000, repeat_action_probability=0.0, full_action_space=False,
+        use_inter_area_resize=False, use_fire_reset=False, episodic_life=False, reward_clip=False,
     )
 
 
-# --- Networks ---------------------------------------------------------------------------------------------------------
+# --- Networks -------------------------------------------------------------------------------------
 
 
 class CReLU(nn.Module):
-    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...], so that no input loses its gradient (section 2.2)."""
+    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...]; no input loses its gradient (section 2.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([F.relu(x), F.relu(-x)], dim=1)
@@ -179,7 +180,8 @@ class CReLU(nn.Module):
 class NoisyLinear(nn.Module):
     """Linear layer with factorised Gaussian noise on its weights (Eq. 2; Fortunato et al., 2018).
 
-    The noise is one draw for the whole batch and stays until sample_noise().
+    The noise is one draw for the whole batch and stays until sample_noise(). In eval mode there is
+    none: the layer is that of the mean weights.
     """
 
     def __init__(self, in_features: int, out_features: int, noisy_std: float) -> None:
@@ -202,20 +204,20 @@ class NoisyLinear(nn.Module):
         nn.init.constant_(self.weight_sigma, self.noisy_std / math.sqrt(in_features))
         nn.init.constant_(self.bias_sigma, self.noisy_std / math.sqrt(out_features))
 
-    def sample_noise(self, generator: torch.Generator) -> None:
+    def sample_noise(self, generator: Generator) -> None:
         """Draw new noise, in place: sign(e) * sqrt(|e|) with e ~ N(0, 1)."""
         for noise in (self.noise_in, self.noise_out):
             noise.normal_(generator=generator)
             noise.copy_(noise.sign() * noise.abs().sqrt())
 
-    def forward(self, x: Tensor, noisy: bool = True) -> Tensor:
-        """[B, in_features] -> [B, out_features]; without noise, the layer of the mean weights."""
-        if not noisy:
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_features] -> [B, out_features]."""
+        if not self.training:
             return F.linear(x, self.weight_mu, self.bias_mu)
-        # mu + sigma * outer(noise_out, noise_in); a second matrix product for the noisy part takes longer on the CPU.
-        weight = torch.addcmul(
-            self.weight_mu, self.weight_sigma * self.noise_in, self.noise_out[:, None]
-        )
+        # mu + sigma * outer(noise_out, noise_in), composed: a second matrix product for the noise
+        # would take longer on the CPU.
+        noisy_sigma = self.weight_sigma * self.noise_in
+        weight = torch.addcmul(self.weight_mu, noisy_sigma, self.noise_out[:, None])
         bias = torch.addcmul(self.bias_mu, self.bias_sigma, self.noise_out)
         return F.linear(x, weight, bias)
 
@@ -229,17 +231,16 @@ class NoisyStream(nn.Module):
         norm = args.layer_norm and args.layer_norm_scope == "all"
         self.norm = nn.LayerNorm(args.hidden_dim, eps=1e-6) if norm else nn.Identity()
         self.activation = CReLU() if args.crelu else nn.ReLU()
-        # CReLU doubles what the layer gives out, so the next layer's fan-in doubles; the width stays.
-        self.output = NoisyLinear(
-            args.hidden_dim * (2 if args.crelu else 1), out_features, args.noisy_std
-        )
+        # CReLU doubles what the layer gives out, so the next fan-in doubles; the width stays.
+        fan_in = args.hidden_dim * (2 if args.crelu else 1)
+        self.output = NoisyLinear(fan_in, out_features, args.noisy_std)
 
-    def forward(self, x: Tensor, noisy: bool = True) -> Tensor:
-        return self.output(self.activation(self.norm(self.hidden(x, noisy))), noisy)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.activation(self.norm(self.hidden(x))))
 
 
 class DuelingHead(nn.Module):
-    """Dueling distributional head: q = v + a - mean(a), atom by atom (Wang et al., 2016; Bellemare et al., 2017)."""
+    """Dueling head on atoms: q = v + a - mean(a) (Wang et al., 2016; Bellemare et al., 2017)."""
 
     def __init__(self, in_features: int, num_actions: int, args: Args) -> None:
         super().__init__()
@@ -247,10 +248,10 @@ class DuelingHead(nn.Module):
         self.value = NoisyStream(in_features, args.n_atoms, args)
         self.advantage = NoisyStream(in_features, num_actions * args.n_atoms, args)
 
-    def forward(self, features: Tensor, noisy: bool = True) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """[B, in_features] -> log-probabilities of the returns, [B, num_actions, n_atoms]."""
-        value = self.value(features, noisy).unflatten(1, (1, self.n_atoms))
-        advantage = self.advantage(features, noisy).unflatten(1, (-1, self.n_atoms))
+        value = self.value(features).unflatten(1, (1, self.n_atoms))
+        advantage = self.advantage(features).unflatten(1, (-1, self.n_atoms))
         return (value + advantage - advantage.mean(1, keepdim=True)).log_softmax(-1)
 
 
@@ -337,23 +338,24 @@ class QNetwork(nn.Module):
             -1
         )  # not a matrix product: TF32 would round the support
 
-    def sample_noise(self, generator: torch.Generator) -> None:
+    def sample_noise(self, generator: Generator) -> None:
         """Draw new noise in every noisy layer."""
         for module in self.modules():
             if isinstance(module, NoisyLinear):
                 module.sample_noise(generator)
 
-    def forward(self, obs: Tensor, noisy: bool = True) -> Tensor:
-        """Images in [0, 1] [B, 4, 84, 84], or the encoder's features of them [B, 3136] -> [B, num_actions, n_atoms].
+    def forward(self, images: Tensor) -> Tensor:
+        """In [0, 1] [B, 4, 84, 84] -> log-probabilities of the returns, [B, num_actions, n_atoms].
 
-        These are log-probabilities of the returns.
+        Features [B, 3136] of images do as well. Both streams feed the backbone, so its gradient is
+        scaled by 1/sqrt(2) (Wang et al., 2016): lerp(x, x) is x, but only its second end passes a
+        gradient on.
         """
-        features = self.backbone(obs) if obs.dim() == 4 else obs
-        # Both streams feed the backbone: scale its gradient by 1/sqrt(2) (Wang et al., 2016), not its value.
-        return self.head(torch.lerp(features.detach(), features, 2**-0.5), noisy)
+        features = self.backbone(images) if images.dim() == 4 else images
+        return self.head(torch.lerp(features.detach(), features, 2**-0.5))
 
 
-# --- Pretraining ------------------------------------------------------------------------------------------------------
+# --- Pretraining ----------------------------------------------------------------------------------
 
 
 class SimTPR(nn.Module):
@@ -414,9 +416,7 @@ def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) 
     return (diagonal - 1).square().sum() + off_diagonal_weight * off_diagonal
 
 
-def pretraining_loss(
-    network: SimTPR, frames: Tensor, args: Args, generator: torch.Generator
-) -> Tensor:
+def pretraining_loss(network: SimTPR, frames: Tensor, args: Args, generator: Generator) -> Tensor:
     """SimTPR's loss of videos, uint8 [N, T + 3, 84, 84]: two views, each predicting the other's next projection."""
     views = []
     for _ in range(2):
@@ -430,11 +430,7 @@ def pretraining_loss(
 
 
 def pretrain_update(
-    network: SimTPR,
-    optimizer: torch.optim.AdamW,
-    frames: Tensor,
-    args: Args,
-    generator: torch.Generator,
+    network: SimTPR, optimizer: torch.optim.AdamW, frames: Tensor, args: Args, generator: Generator
 ) -> Tensor:
     """One gradient update on videos, uint8 [N, T + 3, 84, 84]; returns the loss."""
     loss = pretraining_loss(network, frames, args, generator)
@@ -445,7 +441,7 @@ def pretrain_update(
     return loss.detach()
 
 
-# --- Videos -----------------------------------------------------------------------------------------------------------
+# --- Videos ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -562,7 +558,7 @@ def draw_videos(
 
 
 class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1, as released)."""
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -572,7 +568,7 @@ class PixelLayerNorm(nn.LayerNorm):
 
 
 def make_backbone(args: Args) -> nn.Sequential:
-    """Three convolutions: images [B, 4, 84, 84] -> features [B, 3136], or [B, 6272] with CReLU in scope `all`."""
+    """Images [B, 4, 84, 84] -> features [B, 3136], or [B, 6272] with CReLU in scope `all`."""
     crelu = args.crelu and args.crelu_scope == "all"
     layers: list[nn.Module] = []
     in_channels = FRAME_STACK
@@ -608,6 +604,7 @@ def load_player(path: Path, env_id: str) -> QNetwork:
             raise
         what = "not a model of this game by plastic_drq_rainbow_atari.py, with CReLU in the head at most"
         fail(f"--collect-model {str(path)!r}: {what}", 1)
+    player.head.eval()  # no noise
     return player.requires_grad_(False)
 
 
@@ -636,9 +633,7 @@ def record(directory: Path, player: QNetwork | None, args: Args) -> None:
                 action = int(rng.integers(num_actions))
                 if player is not None and rng.random() >= 0.01:
                     action = int(
-                        player.q_values(
-                            player(to_images(torch.from_numpy(stack)), noisy=False)
-                        ).argmax()
+                        player.q_values(player(to_images(torch.from_numpy(stack)))).argmax()
                     )
                 pixels.write(frames.tobytes())
                 frames, _, terminated, truncated, info = envs.step(
@@ -660,11 +655,11 @@ def record(directory: Path, player: QNetwork | None, args: Args) -> None:
             path.unlink(missing_ok=True)
 
 
-# --- Replay -----------------------------------------------------------------------------------------------------------
+# --- Replay ---------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """B transitions: n-step returns, and what is left of gamma ** n (0 where a life or episode ended before)."""
+    """B transitions; the discount is gamma ** n, or 0 where a life or episode ended before."""
 
     index: Tensor  # int64 [B], slots in the buffer
     obs: Tensor  # uint8 [B, 4, 84, 84]
@@ -677,155 +672,150 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """Prioritised replay of single frames; stacks and n-step returns are built when sampled.
 
-    A slot holds a frame, the action taken on it, the clipped reward, and whether the return ends there (a lost life,
-    game over, time limit). The slot at `cursor` holds the newest frame, not acted on yet. Priority 0 marks what cannot
-    be sampled: slots not written, overwritten, or whose n-step window is not complete.
+    A slot holds a frame, the action taken on it, the clipped reward, and whether that ended the
+    return (done: a lost life, game over, the time limit). The slot at `cursor` holds the newest
+    frame, not acted on yet. With n_step = 3 and a life that ends at slot 8:
+
+        slot      7   8   9  10    cursor = 10
+        frame    f7  f8  g0  g1    g0 begins the next life
+        reward   r7  r8  r9
+        done      0   1   0
+
+    Transition 7 has the return r7 + gamma * r8 and the discount 0. stack(10) is [0, 0, g0, g1].
+    Priority 0 marks what cannot be sampled: slots not written, overwritten, or, as 9 here, with
+    an n-step window that is not complete.
     """
 
     def __init__(self, capacity: int, n_step: int, gamma: float, device: torch.device) -> None:
-        # Beyond `capacity` transitions: the newest frame, and three older ones for the oldest transition's stack.
-        self.capacity, self.slots, self.n_step = capacity, capacity + FRAME_STACK, n_step
+        # Beyond the transitions: the newest frame, and three more for the oldest one's stack.
+        self.slots, self.n_step = capacity + FRAME_STACK, n_step
         self.frames = torch.zeros((self.slots, 84, 84), dtype=torch.uint8, device=device)
         self.actions = torch.zeros(self.slots, dtype=torch.int64, device=device)
         self.rewards = torch.zeros(self.slots, device=device)
-        self.ends = torch.ones(
-            self.slots, dtype=torch.bool, device=device
-        )  # nothing comes before the first frame
+        # Slots not written count as done: no stack reaches back past the first frame.
+        self.dones = torch.ones(self.slots, dtype=torch.bool, device=device)
         self.priorities = torch.zeros(self.slots, device=device)
         self.max_priority = torch.ones((), device=device)
         self.gammas = gamma ** torch.arange(n_step + 1, device=device)
         self.window = torch.arange(n_step, device=device)
-        self.history = torch.arange(1 - FRAME_STACK, 1, device=device)
+        self.history = torch.arange(1 - FRAME_STACK, 1, device=device)  # -3, -2, -1, 0
         self.cursor = 0
-        self.newest_slot = torch.zeros(
-            1, dtype=torch.int64, device=device
-        )  # the cursor, for a CUDA graph
+        self.cursor_tensor = torch.zeros(1, dtype=torch.int64, device=device)  # for a CUDA graph
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
     def start(self, frame: np.ndarray) -> None:
-        """Begin an episode with its first frame, uint8 [84, 84]; a life that was cut off (a continued run) ends here.
+        """Begin with an episode's first frame, uint8 [84, 84]: at the start of every process.
 
-        Its newest transitions, whose n-step windows nothing completes, are dropped: they are never sampled.
+        In a continued run, whose tensors come from a checkpoint, the life that was cut off ends
+        here. Nothing completes the windows of its newest transitions: they are never sampled.
         """
-        if not self.ends[self.cursor - 1]:
-            self.pending = 0
+        self.cursor, self.pending = int(self.cursor_tensor), 0
+        if not self.dones[self.cursor - 1]:
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
 
-    def add(self, action: int, reward: float, end: bool, next_frame: np.ndarray) -> None:
-        """Store what the newest frame led to. After an episode's end, next_frame is the next episode's first."""
+    def add(self, action: int, reward: float, done: bool, next_frame: np.ndarray) -> None:
+        """Store what followed the newest frame. After game over, next_frame is the next game's."""
         slot, self.cursor = self.cursor, (self.cursor + 1) % self.slots
-        self.newest_slot.fill_(self.cursor)
+        self.cursor_tensor.fill_(self.cursor)
         self.actions[slot] = action
         self.rewards[slot] = reward
-        self.ends[slot] = end
+        self.dones[slot] = done
         self.frames[self.cursor].copy_(torch.from_numpy(next_frame))
-        # An end completes the windows of all transitions before it; else the one n steps back now has its next_obs.
+        # A done completes all windows before it; else the one n steps back now has its next_obs.
         self.pending += 1
-        num_complete = self.pending if end else max(self.pending - self.n_step + 1, 0)
+        num_complete = self.pending if done else int(self.pending == self.n_step)
         first = slot - self.pending + 1
-        slots = (
-            torch.arange(first, first + num_complete, device=self.priorities.device) % self.slots
-        )
-        self.priorities[slots] = self.max_priority
+        slots = torch.arange(first, first + num_complete, device=self.priorities.device)
+        self.priorities[slots % self.slots] = self.max_priority
         self.pending -= num_complete
         # The oldest transition goes: the new frame has overwritten the first of its stack.
         self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
-        """Frames up to slots `index` [B], oldest first, zeros before the current life: uint8 [B, 4, 84, 84]."""
+        """The frames up to slots `index` [B], oldest first: uint8 [B, 4, 84, 84].
+
+        Frames from before the current life are zeros.
+        """
         slots = (index[:, None] + self.history) % self.slots
-        # 1 where nothing ended between a frame and the newest one.
-        alive = (~self.ends[slots[:, :-1]]).flip(1).cumprod(1, dtype=torch.uint8).flip(1)
+        # A frame is seen if nothing was done from it on: a product from the right to the left.
+        not_done = ~self.dones[slots[:, :-1]]
+        seen = not_done.flip(1).cumprod(1, dtype=torch.uint8).flip(1)
         frames = self.frames[slots]
-        frames[:, :-1] *= alive[:, :, None, None]
+        frames[:, :-1] *= seen[:, :, None, None]
         return frames
 
-    def newest(self) -> Tensor:
+    def last_obs(self) -> Tensor:
         """The observation to act on: uint8 [1, 4, 84, 84]."""
-        return self.stack(self.newest_slot)
+        return self.stack(self.cursor_tensor)
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
-        window = (index[:, None] + self.window) % self.slots
-        alive = (
-            (~self.ends[window]).float().cumprod(1)
-        )  # [B, n]: 1 while nothing has ended, this step included
-        reached = torch.cat(
-            [torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1
-        )  # 1 for the steps that happened
-        n_step_return = (self.rewards[window] * reached * self.gammas[:-1]).sum(1)
-        next_obs = self.stack((index + self.n_step) % self.slots)
+        window = (index[:, None] + self.window) % self.slots  # [B, n]; of 10 slots: 8, 9, 0
+        not_done = (~self.dones[window]).float().cumprod(1)  # 1 until the first done, which has 0
+        # The first done's own reward still counts: shift by one.
+        counts = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], dim=1)
+        n_step_return = (self.rewards[window] * counts * self.gammas[:-1]).sum(1)
         return Batch(
-            index,
-            self.stack(index),
-            self.actions[index],
-            n_step_return,
-            self.gammas[-1] * alive[:, -1],
-            next_obs,
+            index=index,
+            obs=self.stack(index),
+            action=self.actions[index],
+            n_step_return=n_step_return,
+            discount=self.gammas[-1] * not_done[:, -1],
+            next_obs=self.stack((index + self.n_step) % self.slots),
         )
 
-    def sample(
-        self, batch_size: int, beta: Tensor, generator: torch.Generator
-    ) -> tuple[Batch, Tensor]:
-        """Stratified proportional sampling (Schaul et al., 2016, appendix B.2.1) of batch_size transitions.
+    def sample(self, batch_size: int, beta: Tensor, generator: Generator) -> tuple[Batch, Tensor]:
+        """batch_size transitions in proportion to their priorities, one from each stratum.
 
-        Also returns their importance weights (1 / (N p)) ** beta over the largest in the batch, float32 [B]: in that
-        quotient, the number N of transitions and the sum of the priorities cancel.
+        (Schaul et al., 2016, appendix B.2.1.) Also their importance weights (1 / (N p)) ** beta
+        over the batch's largest, float32 [B]: N and the sum of the priorities cancel there.
         """
         device = self.priorities.device
+        # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
         cumulative = self.priorities.cumsum(0, dtype=torch.float64)
-        # A float32 draw keeps the last stratum below 1 in float64: the search cannot run past the last priority.
+        # float32 draws stay below 1 in float64, so that the last one falls on a priority above 0.
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
-        # With nothing to sample, which only a run cut off before learning_starts can come to, the weights are nan.
+        # Priorities that are nan would lead beyond the buffer, before check_finite() can say so.
         index = index.clamp(max=self.slots - 1)
         priorities = self.priorities[index]
         return self.gather(index), (priorities.min() / priorities) ** beta
 
-    def sample_uniform(self, batch_size: int, generator: torch.Generator) -> Batch:
+    def sample_uniform(self, batch_size: int, generator: Generator) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         valid = (self.priorities > 0).float()
-        return self.gather(
-            torch.multinomial(valid, batch_size, replacement=True, generator=generator)
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds of it; `newest_slot` has the cursor."""
-        return {
-            f"replay.{name}": value
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
+        index = torch.multinomial(valid, batch_size, replacement=True, generator=generator)
+        return self.gather(index)
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
-        """Set the priorities [B] of slots `index` [B] and the running maximum that new transitions get."""
+        """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set."""
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        items = vars(self).items()
+        return {f"replay.{name}": value for name, value in items if torch.is_tensor(value)}
 
-def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generator) -> Tensor:
+
+def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> Tensor:
     """DrQ's augmentation, one draw per stack: uint8 [B, C, H, W] -> images, float32 [B, C, H, W].
 
-    A random shift of up to `shift` pixels with edge padding, then a factor 1 + intensity * clip(N(0, 1), -2, 2).
+    A random shift of up to `shift` pixels, with edge padding, then a factor
+    1 + intensity * clip(N(0, 1), -2, 2).
     """
     batch, channels, height, width = obs.shape
     if shift > 0:
-        dy, dx = torch.randint(
-            -shift, shift + 1, (2, batch, 1), generator=generator, device=obs.device
-        )
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(
-            0, height - 1
-        )  # clamping repeats the edge
+        offsets = (2, batch, 1)
+        dy, dx = torch.randint(-shift, shift + 1, offsets, generator=generator, device=obs.device)
+        # Clamping repeats the edge: shifted by -1, rows 0, 1, 2 show 0, 0, 1.
+        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)
         columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
-        pixels = (
-            (rows[:, :, None] * width + columns[:, None, :])
-            .view(batch, 1, -1)
-            .expand(-1, channels, -1)
-        )
-        obs = obs.flatten(2).gather(2, pixels).view_as(obs)
+        pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1)
+        obs = obs.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
         noise = torch.randn((batch, 1, 1, 1), generator=generator, device=obs.device)
@@ -834,36 +824,37 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: torch.Generato
 
 
 def to_images(obs: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 in [0, 1], channels last in memory (the layout that convolutions like best)."""
+    """uint8 [B, C, H, W] -> float32 in [0, 1], channels last in memory, as convolutions like it."""
     return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-# --- Interventions ----------------------------------------------------------------------------------------------------
+# --- Interventions --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def sam_perturb(parameters: list[nn.Parameter], backup: list[Tensor], rho: float) -> None:
-    """SAM's ascent: w <- w + rho * g / ||g||, the norm over all of `parameters` (appendix B.1; Algorithms 1 and 2).
+@contextmanager
+def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) -> Iterator[None]:
+    """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
-    `backup`, tensors of the same shapes, keeps the unperturbed w for sam_restore. A parameter without gradient stays.
+    g is what .grad holds, and the norm is over all `parameters` (Algorithms 1 and 2). A parameter
+    without gradient stays. `backup` are tensors of the same shapes, which keep w.
     """
-    torch._foreach_copy_(backup, parameters)
-    perturbed = [w for w in parameters if w.grad is not None]
-    norm = nn.utils.get_total_norm([w.grad for w in perturbed])
-    scale = rho / (norm + 1e-12)
-    for w in perturbed:
-        w.addcmul_(w.grad, scale)
+    with torch.no_grad():
+        torch._foreach_copy_(backup, parameters)
+        perturbed = [w for w in parameters if w.grad is not None]
+        norm = nn.utils.get_total_norm([w.grad for w in perturbed])
+        scale = rho / (norm + 1e-12)
+        for w in perturbed:
+            w.addcmul_(w.grad, scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, backup)
 
 
 @torch.no_grad()
-def sam_restore(parameters: list[nn.Parameter], backup: list[Tensor]) -> None:
-    """Undo sam_perturb, exactly."""
-    torch._foreach_copy_(parameters, backup)
-
-
-@torch.no_grad()
-def clear_adam(optimizer: torch.optim.Adam) -> None:
-    """Set the moments and the step counts to zero, in place."""
+def reset_optimizer(optimizer: torch.optim.Adam) -> None:
+    """Set Adam's moments and step counts to zero, in place."""
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
@@ -871,13 +862,13 @@ def clear_adam(optimizer: torch.optim.Adam) -> None:
 
 @torch.no_grad()
 def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam) -> None:
-    """Re-initialise the head, the same in both networks, and clear all of Adam's state; in place (section 4.1)."""
+    """A fresh head, the same in both networks, and a fresh Adam; in place (section 4.1)."""
     for module in online.head.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     for w_target, w in zip(target.head.parameters(), online.head.parameters(), strict=True):
         w_target.copy_(w)
-    clear_adam(optimizer)
+    reset_optimizer(optimizer)
 
 
 @torch.no_grad()
@@ -888,40 +879,38 @@ def shrink_towards(anchor: list[Tensor], networks: tuple[nn.Module, ...], alpha:
             w.lerp_(phi, 1 - alpha)
 
 
-# --- Update -----------------------------------------------------------------------------------------------------------
+# --- Update ---------------------------------------------------------------------------------------
 
 
 def project(next_probs: Tensor, n_step_return: Tensor, discount: Tensor, support: Tensor) -> Tensor:
-    """C51's projection of R + discount * z onto the support (Bellemare et al., 2017, Eq. 7): [B, N] -> [B, N].
+    """C51's projection of R + discount * z onto the support (Bellemare et al., 2017, Eq. 7).
 
-    n_step_return and discount are [B], the support is [N], equally spaced. An atom's mass goes to its two neighbours,
-    in proportion to their nearness: a triangle around each point of the support, with no case of its own for a hit.
+    [B, N], [B], [B] and the support [N], equally spaced, -> [B, N]. An atom's mass is split between
+    its two neighbours by nearness: of 0.4 landing on 1.3, atom 1 gets 0.7 * 0.4, atom 2 0.3 * 0.4.
     """
     delta = support[1] - support[0]
-    atoms = (n_step_return[:, None] + discount[:, None] * support).clamp(support[0], support[-1])
-    share = (1 - (atoms[:, None, :] - support[:, None]).abs() / delta).clamp(
-        min=0
-    )  # [B, N to, N from]
-    return (share * next_probs[:, None, :]).sum(
-        2
-    )  # not a matrix product: TF32 would round the probabilities
+    atoms = n_step_return[:, None] + discount[:, None] * support
+    atoms = atoms.clamp(support[0], support[-1])
+    distance = (atoms[:, None, :] - support[:, None]).abs() / delta  # [B, N to, N from]
+    share = (1 - distance).clamp(min=0)
+    return (share * next_probs[:, None, :]).sum(2)  # a matrix product in TF32 would round
 
 
-def take_action(log_probs: Tensor, action: Tensor) -> Tensor:
+def gather_action(log_probs: Tensor, action: Tensor) -> Tensor:
     """Distributions of the given actions: [B, num_actions, N], [B] -> [B, N]."""
     return log_probs.take_along_dim(action[:, None, None], dim=1).squeeze(1)
 
 
-def td_error(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
-    """Cross-entropy to the target distribution: [B, num_actions, N], [B], [B, N] -> [B]; the distributional Eq. 1."""
-    return -(td_target * take_action(log_probs, action)).sum(1)
+def cross_entropy(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
+    """The TD error of Eq. 1, for distributions: [B, num_actions, N], [B], [B, N] -> [B]."""
+    return -(td_target * gather_action(log_probs, action)).sum(1)
 
 
 @torch.no_grad()
-def move_target(target: nn.Module, online: nn.Module, rate: Tensor) -> None:
-    """Moving average w- <- (1 - rate) * w- + rate * w, in place; rate = 1 - tau, a scalar (Algorithms 1 and 2)."""
+def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2; elsewhere tau is 1 - tau)."""
     for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
-        w_target.lerp_(w, rate)
+        w_target.lerp_(w, 1 - tau)
 
 
 class Agent:
@@ -939,7 +928,7 @@ class Agent:
         num_actions: int,
         num_updates: int,
         args: Args,
-        generator: torch.Generator,
+        generator: Generator,
     ) -> None:
         self.args, self.num_updates, self.generator = args, num_updates, generator
         device = generator.device
@@ -965,21 +954,23 @@ class Agent:
         for w in self.parameters:
             w.grad = torch.zeros_like(w)
         self.optimizer.step()
-        clear_adam(self.optimizer)
-        self.noisy_first_pass = args.sam_rho == 0 or args.sam_noise != "none"
+        reset_optimizer(self.optimizer)
         self.sam_backup = [torch.empty_like(w) for w in self.parameters] if args.sam_rho > 0 else []
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Greedy action of the noisy target network (appendix A.3): uint8 [B, 4, 84, 84] -> int64 [B]."""
+        """Greedy actions of the target network (Table 5), with the noise of the last update.
+
+        uint8 [B, 4, 84, 84] -> int64 [B].
+        """
         return self.target.q_values(self.target(to_images(obs))).argmax(1)
 
     @torch.no_grad()
-    def td_target(self, batch: Batch, next_images: Tensor, noisy: bool = True) -> Tensor:
+    def td_target(self, batch: Batch, next_images: Tensor) -> Tensor:
         """Distribution of the n-step return, bootstrapped by double Q (Eq. 1): [B, n_atoms]."""
-        action = self.online.q_values(self.online(next_images, noisy)).argmax(1)
-        next_probs = take_action(self.target(next_images, noisy), action).exp()
+        action = self.online.q_values(self.online(next_images)).argmax(1)
+        next_probs = gather_action(self.target(next_images), action).exp()
         return project(next_probs, batch.n_step_return, batch.discount, self.target.support)
 
     def update(self, replay: ReplayBuffer) -> Tensor:
@@ -996,26 +987,29 @@ class Agent:
         target.sample_noise(generator)
         td_target = self.td_target(batch, next_images)
 
+        if args.sam_rho > 0 and args.sam_noise == "none":
+            online.head.eval()  # no noise in this pass
         self.optimizer.zero_grad()
-        log_probs = online(images, noisy=self.noisy_first_pass)
-        cross_entropy = td_error(log_probs, batch.action, td_target)
-        loss = (weights * cross_entropy).mean()
+        log_probs = online(images)
+        losses = cross_entropy(log_probs, batch.action, td_target)  # [B]
+        loss = (weights * losses).mean()
         loss.backward()
+        online.head.train()
         if args.sam_rho > 0:  # the gradient to apply is that at w + rho * g / ||g||
-            sam_perturb(self.parameters, self.sam_backup, args.sam_rho)
-            if args.sam_noise == "independent":
-                online.sample_noise(generator)
-            self.optimizer.zero_grad()
-            (weights * td_error(online(images), batch.action, td_target)).mean().backward()
-            sam_restore(self.parameters, self.sam_backup)
+            with sam_perturbed(self.parameters, self.sam_backup, args.sam_rho):
+                if args.sam_noise == "independent":
+                    online.sample_noise(generator)
+                self.optimizer.zero_grad()
+                sam_losses = cross_entropy(online(images), batch.action, td_target)
+                (weights * sam_losses).mean().backward()
 
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
         applied = grad_norm.isfinite()
         self.optimizer.found_inf.copy_(~applied)
         self.optimizer.step()
-        move_target(target, online, (1 - args.target_ema) * applied)
+        soft_update(target, online, 1 - (1 - args.target_ema) * applied)
         # Priorities come from the first pass. The floor: 0 would mark a perfectly fitted transition as unsampleable.
-        priorities = (cross_entropy.detach() ** args.per_alpha).clamp(min=1e-8)
+        priorities = (losses.detach() ** args.per_alpha).clamp(min=1e-8)
         replay.update_priorities(
             batch.index, torch.where(applied, priorities, replay.priorities[batch.index])
         )
@@ -1051,20 +1045,17 @@ class Agent:
 
 
 def capture(
-    function: Callable[[], Tensor],
-    tensors: list[Tensor],
-    generators: tuple[torch.Generator, ...] = (),
+    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[Generator, ...] = ()
 ) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
-    The function must not wait for the device, and everything that changes must lie in tensors that stay where they
-    are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
-    choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
+    The function must not wait for the device, and everything that changes must lie in tensors that
+    stay where they are. What the returned function returns is overwritten when it is called again.
+    Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
+    all that they change, are put back.
     """
-    saved, states = (
-        [tensor.clone() for tensor in tensors],
-        [generator.get_state() for generator in generators],
-    )
+    saved = [tensor.clone() for tensor in tensors]
+    states = [generator.get_state() for generator in generators]
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -1087,19 +1078,21 @@ def capture(
     return run_graph
 
 
-# --- Evaluation and metrics -------------------------------------------------------------------------------------------
+# --- Evaluation and metrics -----------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(
     network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None
 ) -> list[float]:
-    """Play --eval-episodes full games side by side, one per environment, so that short games are not over-counted.
+    """Play --eval-episodes full games side by side; returns their returns, not clipped.
 
-    The network (the target network, in the paper) plays without noise, with --eval-epsilon random actions.
-    Environment i is seeded with 10,000 * (seed + 1) + i, training with seed.
-    `video`, where given, takes the first game's frames, uint8 [84, 84]. Returns the games' unclipped returns.
+    Each environment plays one game: of many environments, the first games to end are the short
+    ones. The network (in the paper, the target network) plays without noise, with --eval-epsilon
+    random actions. Environment i has the seed 10,000 * (seed + 1) + i, training the seed itself.
+    `video`, where given, takes the first game's frames, uint8 [84, 84].
     """
+    network.head.eval()  # no noise
     device, num_episodes = network.support.device, args.eval_episodes
     first_seed = 10_000 * (args.seed + 1)
     envs = make_envs(env_id, num_episodes, first_seed)
@@ -1108,86 +1101,68 @@ def evaluate(
     stacks = torch.zeros((num_episodes, FRAME_STACK, 84, 84), dtype=torch.uint8, device=device)
     stacks[:, -1] = torch.from_numpy(frames[:, 0]).to(device)
     lives, returns = info["lives"].copy(), np.zeros(num_episodes)
-    playing = np.arange(
-        num_episodes, dtype=np.int32
-    )  # games over are left alone: their next step would reset them
-    with tqdm(
-        total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False
-    ) as progress:
-        while len(playing) > 0:
-            if video is not None and 0 in playing:
-                video.append(stacks[0, -1].clone().cpu().numpy())
-            log_probs = network(
-                to_images(stacks[torch.from_numpy(playing).to(device)]), noisy=False
-            )
-            actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
-            explore = rng.random(len(playing)) < args.eval_epsilon
-            actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
-            frames, rewards, terminated, truncated, info = envs.step(actions, playing)
-            playing = info["env_id"]  # in the order of the answers
-            returns[playing] += rewards
-            lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
-            lives[playing] = info["lives"]
-            index = torch.from_numpy(playing).to(device)
-            history = (
-                stacks[index, 1:] * torch.from_numpy(~lost_life).to(device)[:, None, None, None]
-            )
-            stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
-            over = terminated | truncated
-            progress.update(int(over.sum()))
-            playing = playing[~over]
-    if not np.isfinite(returns).all():
-        raise FloatingPointError(f"a game of {env_id} gave a reward that is not a finite number")
+    playing = np.arange(num_episodes, dtype=np.int32)  # a step after game over would reset a game
+    progress = tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False)
+    while len(playing) > 0:
+        if video is not None and 0 in playing:
+            video.append(stacks[0, -1].clone().cpu().numpy())
+        log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]))
+        actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
+        explore = rng.random(len(playing)) < args.eval_epsilon
+        actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
+        frames, rewards, terminated, truncated, info = envs.step(actions, playing)
+        playing = info["env_id"]  # in the order of the answers
+        returns[playing] += rewards
+        lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
+        lives[playing] = info["lives"]
+        # A new life begins with an empty stack, as in training.
+        index = torch.from_numpy(playing).to(device)
+        same_life = torch.from_numpy(~lost_life).to(device)[:, None, None, None]
+        history = stacks[index, 1:] * same_life
+        stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
+        episode_over = terminated | truncated
+        progress.update(int(episode_over.sum()))
+        playing = playing[~episode_over]
+    progress.close()
+    network.head.train()
     return returns.tolist()
 
 
 @torch.no_grad()
 def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
-    """Share of activations above 0 (Fig. 4) when `forward` runs the network: by layer, and in all backbone and head.
+    """Share of activations above 0 (Fig. 4) when `forward` runs the network.
 
-    Of CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
+    By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
+    above 0: a layer with it has 0.5 by construction.
     """
-    counts: dict[str, tuple[int, int]] = {}
+    active: dict[str, Tensor] = {}  # bool, by layer
 
-    def count(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            counts[name] = (int((output > 0).sum()), output.numel())
+    def keep(name: str) -> Callable:
+        return lambda module, inputs, output: active.update({name: (output > 0).flatten()})
 
-        return hook
-
-    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)]
-    hooks = [module.register_forward_hook(count(name)) for name, module in layers]
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
     forward()
     for hook in hooks:
         hook.remove()
     for part in ("backbone", "head"):
-        active, units = np.sum([n for name, n in counts.items() if name.startswith(part)], axis=0)
-        counts[part] = (int(active), int(units))
-    return {name: active / units for name, (active, units) in counts.items()}
+        active[part] = torch.cat([active[name] for name in layers if name.startswith(part)])
+    return {name: int(units.sum()) / len(units) for name, units in active.items()}
 
 
-def max_eigenvalue(
-    loss: Tensor,
-    parameters: list[nn.Parameter],
-    generator: torch.Generator,
-    tolerance: float = 1e-3,
-) -> float:
-    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
+def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
+    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by Lanczos.
 
-    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
-    largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest. TF32 leaves three digits.
+    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the
+    residual of the largest Ritz pair falls below a thousandth of its value, after 100 products at
+    the latest; TF32 leaves three digits. nan for a loss that is not finite.
     """
-    gradient = torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
-    )
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.cat([g.flatten() for g in gradients])
 
     def hessian_times(vector: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
-            ]
-        )
+        products = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+        return torch.cat([g.flatten() for g in products])
 
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
@@ -1200,7 +1175,7 @@ def max_eigenvalue(
         if not math.isfinite(beta):
             return math.nan
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
-        if beta * abs(ritz_vectors[-1, -1]) <= tolerance * abs(ritz_values[-1]):
+        if beta * abs(ritz_vectors[-1, -1]) <= 1e-3 * abs(ritz_values[-1]):
             break
         tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
         previous, vector = vector, product / beta
@@ -1208,26 +1183,31 @@ def max_eigenvalue(
 
 
 def plasticity_metrics(
-    agent: Agent, replay: ReplayBuffer, generator: torch.Generator
+    agent: Agent, replay: ReplayBuffer, generator: Generator
 ) -> dict[str, float]:
     """Active units on 512 transitions and sharpness on 32, drawn uniformly; no noise, no augmentation, unit weights."""
     batch = replay.sample_uniform(512, generator)
-    units = active_units(agent.online, lambda: agent.online(to_images(batch.obs), noisy=False))
+    networks = (agent.online, agent.target)
+    for network in networks:
+        network.head.eval()  # no noise
+    units = active_units(agent.online, lambda: agent.online(to_images(batch.obs)))
     metrics = {f"active_units/{name}": share for name, share in units.items()}
     batch = Batch(*(entry[:32] for entry in batch))
-    td_target = agent.td_target(batch, to_images(batch.next_obs), noisy=False)
+    td_target = agent.td_target(batch, to_images(batch.next_obs))
     # Past the network's forward(): its scaled gradient is not the loss's, and its Jacobian not symmetric.
-    log_probs = agent.online.head(agent.online.backbone(to_images(batch.obs)), noisy=False)
+    log_probs = agent.online.head(agent.online.backbone(to_images(batch.obs)))
     means = [
         w for name, w in agent.online.named_parameters() if "sigma" not in name and w.requires_grad
     ]  # the sigmas are idle
     metrics["hessian_max_eigenvalue"] = max_eigenvalue(
-        td_error(log_probs, batch.action, td_target).mean(), means, generator
+        cross_entropy(log_probs, batch.action, td_target).mean(), means, generator
     )
+    for network in networks:
+        network.head.train()
     return metrics
 
 
-# --- Checkpoint -------------------------------------------------------------------------------------------------------
+# --- Checkpoint -----------------------------------------------------------------------------------
 
 # Flags that may differ when a run is continued; --total-timesteps may grow.
 MAY_CHANGE = set(
@@ -1255,22 +1235,16 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary neighbour of `path` and put it in place once it is on disk. Raises OSError with the path."""
+    """Write beside `path`, and put it there once it is on disk: a kill leaves the old file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch.save puts its own error on top
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    except RuntimeError as error:  # torch.save puts one on top of "no space left on device"
+        raise error.__context__ or error from None
+    os.replace(temporary, path)
 
 
 @dataclass
@@ -1360,7 +1334,7 @@ def compare_flags(flags: dict, saved: dict, path: Path) -> None:
 def save_checkpoint(
     path: Path, flags: dict, counters: Counters, generators: dict, tensors: dict[str, Tensor]
 ) -> None:
-    """Write all that a run needs to go on, but for the emulator. `generators` are torch.Generators by name."""
+    """Write all that a run needs to go on, but for the emulator. `generators` are Generators by name."""
     checkpoint = {
         "script": Path(__file__).name,
         "version": CHECKPOINT_VERSION,
@@ -1488,7 +1462,7 @@ def load_pretrained(path: Path) -> dict[str, Tensor]:
     return ours.state_dict()
 
 
-# --- Run --------------------------------------------------------------------------------------------------------------
+# --- Run ------------------------------------------------------------------------------------------
 
 # fmt: off
 RANDOM_HUMAN = {  # returns of a random policy and of a human player (paper, Table 7)
@@ -1609,12 +1583,11 @@ def resolve(args: Args) -> Args:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository that this file lies in, if it does."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Commit of the repository that this file lies in, if it does; "-dirty" where files changed."""
+    command = "git describe --always --dirty --abbrev=40 --exclude '*'"  # the hash, never a tag
+    here = Path(__file__).parent
+    git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+    return git.stdout.strip() or None
 
 
 def memory_needed(num_actions: int, args: Args) -> int:
@@ -1743,11 +1716,9 @@ def run(args: Args, stop: Stop) -> None:
 
 def device_name(args: Args) -> str:
     """The GPU's name, or the number of the CPU's threads."""
-    return (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    if args.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) -> None:
@@ -1755,7 +1726,7 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
     device, num_frames = torch.device(args.device), args.pretrain_length + FRAME_STACK - 1
     torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = Generator(device).manual_seed(args.seed)
     network = SimTPR().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1.5e-4, weight_decay=1e-5, fused=True
@@ -1765,7 +1736,7 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
     ):  # Adam makes its state in its first step: take one that changes nothing
         w.grad = torch.zeros_like(w)
     optimizer.step()
-    clear_adam(optimizer)
+    reset_optimizer(optimizer)
     optimizer.param_groups[0]["lr"] = args.pretrain_learning_rate
     tensors = network.state_dict()
     for i, state in enumerate(optimizer.state.values()):
@@ -1822,7 +1793,7 @@ def pretrain(run_dir: Path, args: Args, flags: dict, resumed: bool, stop: Stop) 
             save_checkpoint(checkpoint_path, flags, counters, generators, tensors)
             stop.hint = "; --resume continues the run"
         except OSError as error:  # the one before stays, if there is one
-            print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
+            print(f"warning: {checkpoint_path} not written: {error.strerror}", file=sys.stderr)
         stop.obey(at_once=True)
 
     blocks = (
@@ -1921,7 +1892,7 @@ def train(
     )  # initialisers, at the start and at resets, and random actions before learning starts
     # Sampling, augmentation and noise have a generator of their own; so have the metrics, which must change nothing.
     generator, metrics_generator = (
-        torch.Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist()
+        Generator(device).manual_seed(n) for n in torch.randint(2**31, (2,)).tolist()
     )
     generators = {
         "torch": torch.default_generator,
@@ -1936,16 +1907,13 @@ def train(
         backbone.load_state_dict(pretrained)
     agent = Agent(backbone, num_actions, num_updates, args, generator)
     replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, device)
-    update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
+    update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
     parameters = sum(w.numel() for w in agent.parameters)
 
     tensors = {**agent.tensors(), **replay.tensors()}
     counters = (
         load_checkpoint(checkpoint_path, flags, generators, tensors) if resumed else Counters()
     )
-    replay.cursor = (
-        int(replay.newest_slot) % replay.slots
-    )  # `pending` is 0 after the start() that comes next
     if resumed:
         counters.resumed_at.append(counters.step)
         stop.hint = "; --resume continues the run"
@@ -2096,7 +2064,7 @@ def train(
                 save_checkpoint(checkpoint_path, flags, counters, generators, tensors)
                 stop.hint = "; --resume continues the run"
             except OSError as error:  # the one before stays, if there is one
-                print(f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr)
+                print(f"warning: {checkpoint_path} not written: {error.strerror}", file=sys.stderr)
             checkpoint_time = time.perf_counter()
         if stop.signum:
             progress.close()

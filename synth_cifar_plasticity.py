@@ -51,7 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
@@ -111,7 +111,7 @@ class Args:
     # fmt: on
 
 
-# --- Data and tasks ---------------------------------------------------------------------------------------------------
+# --- Data and tasks -------------------------------------------------------------------------------
 
 
 class PlainArray:
@@ -241,7 +241,7 @@ def stage_labels(seed: int, stage: int, args: Args) -> np.ndarray:
     return np.random.default_rng([seed, LABELS, stage]).permutation(10)
 
 
-# --- Networks ---------------------------------------------------------------------------------------------------------
+# --- Networks -------------------------------------------------------------------------------------
 
 
 class SampleLayerNorm(nn.Module):
@@ -260,7 +260,7 @@ class SampleLayerNorm(nn.Module):
 
 
 class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1, as released)."""
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -270,7 +270,7 @@ class PixelLayerNorm(nn.LayerNorm):
 
 
 class CReLU(nn.Module):
-    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...], so that no input loses its gradient (section 2.2)."""
+    """Concatenated ReLU: [B, C, ...] -> [B, 2C, ...]; no input loses its gradient (section 2.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([F.relu(x), F.relu(-x)], dim=1)
@@ -307,7 +307,7 @@ class Network(nn.Module):
         return self.head(self.backbone(images))
 
 
-# --- Update -----------------------------------------------------------------------------------------------------------
+# --- Update ---------------------------------------------------------------------------------------
 
 
 class Replicas:
@@ -488,20 +488,17 @@ class Replicas:
 
 
 def capture(
-    function: Callable[[], Tensor],
-    tensors: list[Tensor],
-    generators: tuple[torch.Generator, ...] = (),
+    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[Generator, ...] = ()
 ) -> Callable[[], Tensor]:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
-    The function must not wait for the device, and everything that changes must lie in tensors that stay where they
-    are. What the returned function returns is overwritten when it is called again. Three warm-up runs let PyTorch
-    choose kernels and fill its caches; `tensors` and `generators`, all that they change, are put back.
+    The function must not wait for the device, and everything that changes must lie in tensors that
+    stay where they are. What the returned function returns is overwritten when it is called again.
+    Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
+    all that they change, are put back.
     """
-    saved, states = (
-        [tensor.clone() for tensor in tensors],
-        [generator.get_state() for generator in generators],
-    )
+    saved = [tensor.clone() for tensor in tensors]
+    states = [generator.get_state() for generator in generators]
     stream = torch.cuda.Stream()  # PyTorch wants the warm-up on another stream than the default one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -524,56 +521,44 @@ def capture(
     return run_graph
 
 
-# --- Metrics ----------------------------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
-    """Share of activations above 0 (Fig. 4) when `forward` runs the network: by layer, and in all backbone and head.
+    """Share of activations above 0 (Fig. 4) when `forward` runs the network.
 
-    Of CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
+    By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
+    above 0: a layer with it has 0.5 by construction.
     """
-    counts: dict[str, tuple[int, int]] = {}
+    active: dict[str, Tensor] = {}  # bool, by layer
 
-    def count(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            counts[name] = (int((output > 0).sum()), output.numel())
+    def keep(name: str) -> Callable:
+        return lambda module, inputs, output: active.update({name: (output > 0).flatten()})
 
-        return hook
-
-    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)]
-    hooks = [module.register_forward_hook(count(name)) for name, module in layers]
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
     forward()
     for hook in hooks:
         hook.remove()
     for part in ("backbone", "head"):
-        active, units = np.sum([n for name, n in counts.items() if name.startswith(part)], axis=0)
-        counts[part] = (int(active), int(units))
-    return {name: active / units for name, (active, units) in counts.items()}
+        active[part] = torch.cat([active[name] for name in layers if name.startswith(part)])
+    return {name: int(units.sum()) / len(units) for name, units in active.items()}
 
 
-def max_eigenvalue(
-    loss: Tensor,
-    parameters: list[nn.Parameter],
-    generator: torch.Generator,
-    tolerance: float = 1e-3,
-) -> float:
-    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by the Lanczos method.
+def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
+    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by Lanczos.
 
-    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the residual of the
-    largest Ritz pair falls below `tolerance` of its value, after 100 products at the latest. TF32 leaves three digits.
+    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the
+    residual of the largest Ritz pair falls below a thousandth of its value, after 100 products at
+    the latest; TF32 leaves three digits. nan for a loss that is not finite.
     """
-    gradient = torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
-    )
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.cat([g.flatten() for g in gradients])
 
     def hessian_times(vector: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
-            ]
-        )
+        products = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+        return torch.cat([g.flatten() for g in products])
 
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
@@ -586,7 +571,7 @@ def max_eigenvalue(
         if not math.isfinite(beta):
             return math.nan
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
-        if beta * abs(ritz_vectors[-1, -1]) <= tolerance * abs(ritz_values[-1]):
+        if beta * abs(ritz_vectors[-1, -1]) <= 1e-3 * abs(ritz_values[-1]):
             break
         tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
         previous, vector = vector, product / beta
@@ -606,7 +591,7 @@ def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float |
             f"active_units/{k}": v
             for k, v in active_units(network, partial(network, images)).items()
         }
-        generator = torch.Generator(replicas.device).manual_seed(stage)
+        generator = Generator(replicas.device).manual_seed(stage)
         loss = F.cross_entropy(network(images[:32]), labels)
         values["hessian_max_eigenvalue"] = max_eigenvalue(
             loss, list(network.parameters()), generator
@@ -616,7 +601,7 @@ def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float |
     return metrics
 
 
-# --- Checkpoint -------------------------------------------------------------------------------------------------------
+# --- Checkpoint -----------------------------------------------------------------------------------
 
 # Flags that may differ when a run is continued.
 MAY_CHANGE = set(
@@ -644,22 +629,16 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary neighbour of `path` and put it in place once it is on disk. Raises OSError with the path."""
+    """Write beside `path`, and put it there once it is on disk: a kill leaves the old file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch.save puts its own error on top
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    except RuntimeError as error:  # torch.save puts one on top of "no space left on device"
+        raise error.__context__ or error from None
+    os.replace(temporary, path)
 
 
 @dataclass
@@ -827,7 +806,7 @@ def load_checkpoint(path: Path, flags: dict, replicas: Replicas) -> Counters:
     return counters
 
 
-# --- Run --------------------------------------------------------------------------------------------------------------
+# --- Run ------------------------------------------------------------------------------------------
 
 # fmt: off
 MANY = 10**9  # upper end of what has no other
@@ -884,12 +863,11 @@ def resolve(args: Args) -> Args:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository that this file lies in, if it does."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Commit of the repository that this file lies in, if it does; "-dirty" where files changed."""
+    command = "git describe --always --dirty --abbrev=40 --exclude '*'"  # the hash, never a tag
+    here = Path(__file__).parent
+    git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+    return git.stdout.strip() or None
 
 
 def memory_available(device: torch.device) -> float:
@@ -971,11 +949,9 @@ def run(args: Args, stop: Stop) -> None:
 
 def device_name(args: Args) -> str:
     """The GPU's name, or the number of the CPU's threads."""
-    return (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    if args.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def train(
@@ -1069,7 +1045,7 @@ def train(
                     stop.hint = "; --resume continues the run"
                 except OSError as error:  # the one before stays, if there is one
                     print(
-                        f"warning: {error.filename} not written: {error.strerror}", file=sys.stderr
+                        f"warning: {checkpoint_path} not written: {error.strerror}", file=sys.stderr
                     )
                 checkpoint_time = time.perf_counter()
             if stop.signum:

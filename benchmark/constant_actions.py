@@ -12,7 +12,7 @@ baseline, "Const".)
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +36,22 @@ class Args:
     run_dir: Path = Path("runs")  # where results go
     overwrite: bool = False  # replace a result that is there
 
+    def __post_init__(self) -> None:
+        """As the training script checks its flags. tyro prints a ValueError and ends with code 2."""
+        names = ("env_id", "seed", "eval_episodes", "eval_epsilon")
+        self.settings = script.Args(device="cpu", **{name: getattr(self, name) for name in names})
+
 
 class ConstantAction:
     """Stands in for the network in the script's evaluate(): the same action has the highest value everywhere."""
 
     support = torch.zeros(1)  # tells evaluate() the device
+    head = torch.nn.Identity()  # of which evaluate() switches the noise
 
     def __init__(self, action: int, num_actions: int) -> None:
         self.values = F.one_hot(torch.tensor(action), num_actions)
 
-    def __call__(self, images: Tensor, noisy: bool) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         return self.values.expand(len(images), -1)  # [n, num_actions]
 
     def q_values(self, log_probs: Tensor) -> Tensor:
@@ -54,23 +60,15 @@ class ConstantAction:
 
 def main(args: Args) -> None:
     """Print a line per action, and write the result."""
-    flags = asdict(args) | {"exp_name": "constant", "device": "cpu"}
-    overwrite, run_dir = (
-        flags.pop("overwrite"),
-        args.run_dir / f"{args.env_id}__constant__{args.seed}",
-    )
-    settings = script.resolve(script.Args(**flags))
-    path = run_dir / "result.json"
-    if path.exists() and not overwrite:
-        script.fail(f"{path} exists; pass --overwrite to replace it", 1)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        script.fail(f"{run_dir}: {error.strerror}", 1)
+    path = args.run_dir / f"{args.env_id}__constant__{args.seed}" / "result.json"
+    if path.exists() and not args.overwrite:
+        sys.exit(f"error: {path} exists; pass --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     num_actions = script.make_envs(args.env_id, 1, 0).action_space.n
     start_time, returns = time.perf_counter(), []
     for action in range(num_actions):
-        returns.append(script.evaluate(ConstantAction(action, num_actions), args.env_id, settings))
+        policy = ConstantAction(action, num_actions)
+        returns.append(script.evaluate(policy, args.env_id, args.settings))
         print(f"action {action}: {script.summary(args.env_id, returns[-1])}", flush=True)
     means = [float(np.mean(values)) for values in returns]
     best = int(np.argmax(means))
@@ -81,14 +79,13 @@ def main(args: Args) -> None:
         "episode_returns_by_action": returns, "wall_clock_seconds": time.perf_counter() - start_time,
         "git_commit": script.git_commit(),
     }  # fmt: skip
-    try:
-        script.write_atomically(
-            path, lambda file: file.write(json.dumps(result, indent=2).encode())
-        )
-    except OSError as error:
-        script.fail(f"{path}: {error.strerror}", 1)
+    content = json.dumps(result, indent=2).encode()
+    script.write_atomically(path, lambda file: file.write(content))
     print(f"best: action {best}, {script.summary(args.env_id, returns[best])}; {path}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except OSError as error:  # a full disk, a missing permission
+        sys.exit(f"error: {error}")

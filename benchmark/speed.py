@@ -37,7 +37,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 from unittest import mock
 
@@ -81,9 +80,7 @@ class Subject:
     parts: dict[
         str, tuple[object, str]
     ]  # label -> (owner, name) of the function whose calls it covers
-    spans: dict[str, tuple[tuple[object, str], tuple[object, str]]] = field(
-        default_factory=dict
-    )  # from one to another
+    blocks: dict[str, tuple[object, str]] = field(default_factory=dict)  # of context managers
     patches: list = field(default_factory=list)  # in force while it is measured
     act: Callable[[], int] | None = None  # the choice of one action, host sync included
     env_step: Callable[[], object] | None = None  # one interaction, stored
@@ -119,15 +116,10 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
     methods = {"base": base, "PLASTIC†": dict(crelu=False, sam_rho=0.0), "PLASTIC": {}}
 
-    def two_products(layer: torch.nn.Module, x: torch.Tensor, noisy: bool = True) -> torch.Tensor:
+    def two_products(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         linear = torch.nn.functional.linear
-        mean = linear(x, layer.weight_mu, layer.bias_mu)
-        return (
-            mean
-            + linear(x * layer.noise_in, layer.weight_sigma, layer.bias_sigma) * layer.noise_out
-            if noisy
-            else mean
-        )
+        noise = linear(x * layer.noise_in, layer.weight_sigma, layer.bias_sigma)
+        return linear(x, layer.weight_mu, layer.bias_mu) + noise * layer.noise_out
 
     def vary(agent: script.Agent, variant: str | None) -> list:
         """Change the agent where that is enough; return the patches that the rest needs."""
@@ -141,18 +133,13 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
             patches = [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
         if variant in ("loop Adam", "plain"):
             args = agent.args
-            adam = torch.optim.Adam(
+            agent.optimizer = torch.optim.Adam(
                 agent.parameters, lr=args.learning_rate, eps=args.adam_eps, foreach=False
-            )
-            agent.optimizer = SimpleNamespace(  # only fused Adam takes found_inf
-                zero_grad=adam.zero_grad,
-                step=lambda: adam.step(),
-                found_inf=agent.optimizer.found_inf,
             )
         return patches
 
     def prepare(flags: dict, variant: str | None) -> Subject:
-        args = script.resolve(script.Args(device=device, **flags))
+        args = script.Args(device=device, **flags)
         generator = torch.Generator(device).manual_seed(0)
         envs = script.make_envs(args.env_id, 1, 0)
         num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
@@ -162,7 +149,7 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         )
         env_step = fill(replay, envs, 200 if quick else 20_000)
         patches = vary(agent, variant)
-        eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
+        eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
         update, graph_act = eager_update, act
         if device == "cuda" and variant is None:
             changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
@@ -186,10 +173,10 @@ def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
                 "backward": (torch.Tensor, "backward"),
                 "clip": (torch.nn.utils, "clip_grad_norm_"),
                 "optimizer": (torch.optim.Adam, "step"),
-                "ema": (script, "move_target"),
+                "ema": (script, "soft_update"),
                 "priorities": (script.ReplayBuffer, "update_priorities"),
             },
-            spans={"sam": ((script, "sam_perturb"), (script, "sam_restore"))},
+            blocks={"sam": (script, "sam_perturbed")},
             patches=patches,
         )
 
@@ -259,7 +246,7 @@ def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
                 "td_target": (script.Agent, "td_target"),
                 "gradients": (script, "sam_gradient"),
                 "optimizers": (torch.optim.Adam, "step"),
-                "ema": (script, "move_target"),
+                "ema": (script, "soft_update"),
                 "undo": (script.Agent, "undo"),
             },
         )
@@ -293,7 +280,7 @@ def finetune(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
             for w in (*agent.online.backbone.parameters(), *agent.target.backbone.parameters()):
                 w.data = w.data.contiguous()
             patches = [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
-        eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.newest())
+        eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
         update, graph_act = eager_update, act
         if device == "cuda" and variant is None:
             changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
@@ -317,7 +304,7 @@ def finetune(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
                 "backward": (torch.Tensor, "backward"),
                 "clip": (torch.nn.utils, "clip_grad_norm_"),
                 "optimizer": (torch.optim.Adam, "step"),
-                "ema": (script, "move_target"),
+                "ema": (script, "soft_update"),
                 "priorities": (script.ReplayBuffer, "update_priorities"),
             },
             patches=patches,
@@ -453,26 +440,32 @@ class Clock:
 
 @contextmanager
 def instrumented(subject: Subject, clock: Clock):
-    """Let the clock see every call of the subject's parts and spans."""
+    """Let the clock see every call of the subject's parts, and its blocks."""
 
-    def wrap(function: Callable, first: str | None, last: str | None) -> Callable:
+    def wrap(function: Callable, label: str) -> Callable:
         def wrapped(*args, **kwargs):
-            if first:
-                clock.start(first)
+            clock.start(label)
             try:
                 return function(*args, **kwargs)
             finally:
-                if last:
-                    clock.stop(last)
+                clock.stop(label)
 
         return wrapped
 
-    wraps = [(target, label, label) for label, target in subject.parts.items()]
-    for label, (begin, end) in subject.spans.items():
-        wraps += [(begin, label, None), (end, None, label)]
+    def wrap_block(function: Callable, label: str) -> Callable:
+        @contextmanager
+        def wrapped(*args):
+            clock.start(label)
+            with function(*args):
+                yield
+            clock.stop(label)
+
+        return wrapped
+
     patches = [
-        mock.patch.object(*target, wrap(getattr(*target), first, last))
-        for target, first, last in wraps
+        mock.patch.object(*target, kind(getattr(*target), label))
+        for kind, parts in ((wrap, subject.parts), (wrap_block, subject.blocks))
+        for label, target in parts.items()
     ]
     for patch in patches:
         patch.start()
@@ -602,11 +595,11 @@ def combine(rounds: list[dict], subject: Subject) -> dict[str, float | dict[str,
 def main(args: Args) -> None:
     """Print a table per script, and write the figures where --json says."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        atari_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
+        dmc_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
     if args.json is not None and not args.json.parent.is_dir():
-        atari_script.fail(f"--json {args.json}: no such directory", 1)
+        dmc_script.fail(f"--json {args.json}: no such directory", 1)
     if args.rounds < 1:
-        atari_script.fail(f"--rounds must be at least 1, not {args.rounds}", 2)
+        dmc_script.fail(f"--rounds must be at least 1, not {args.rounds}", 2)
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # as the scripts do
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # as the scripts do

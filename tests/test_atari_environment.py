@@ -226,11 +226,9 @@ def run_on(monkeypatch, tmp_path, envs, total_timesteps, evaluate=lambda *_: [1.
     monkeypatch.setattr(atari, "evaluate", evaluate)
     monkeypatch.setattr(atari, "ReplayBuffer", KeptReplay)
     monkeypatch.setattr(atari, "Agent", IdleAgent)
-    flags = dict(learning_starts=10, hidden_dim=4, n_atoms=3, buffer_size=200) | flags
-    args = atari.resolve(
-        atari.Args(device="cpu", run_dir=tmp_path, total_timesteps=total_timesteps, **flags)
-    )
-    atari.run(args, atari.Stop())
+    flags = dict(learning_starts=10, n_step=5, hidden_dim=4, n_atoms=3, buffer_size=200) | flags
+    flags |= dict(device="cpu", run_dir=str(tmp_path), total_timesteps=total_timesteps)
+    atari.run(atari.Args(**flags))
     (path,) = tmp_path.glob("*/result.json")
     return kept, json.loads(path.read_text())
 
@@ -264,12 +262,12 @@ def test_stored_transitions_are_the_environments_and_autoreset_steps_are_not_amo
         np.testing.assert_array_equal(replay.frames[slot], newest)
         assert replay.actions[slot] == actions[0]
         assert replay.rewards[slot] == np.sign(rewards[0])
-        assert bool(replay.ends[slot]) == bool(
+        assert bool(replay.dones[slot]) == bool(
             terminated[0] or truncated[0] or 0 < lives_after[0] < lives
         )
         newest, lives, slot = frames[0, 0], lives_after[0], slot + 1
     assert slot == 150 == replay.cursor
-    assert {0, 1} == set(replay.ends[:150].int().tolist())
+    assert {0, 1} == set(replay.dones[:150].int().tolist())
 
 
 def test_logged_returns_are_unclipped_and_whole_episodes(monkeypatch, tmp_path):
@@ -295,11 +293,14 @@ def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(
         def start(self, frame):
             pass
 
-        def add(self, action, reward, end, next_frame):
+        def add(self, action, reward, done, next_frame):
             pass
 
-        def newest(self):
+        def last_obs(self):
             return torch.zeros(1, 4, 84, 84, dtype=torch.uint8)
+
+        def tensors(self):
+            return {}
 
     class EndlessEnvs(ScriptedEnvs):
         def step(self, actions, env_ids=None):
@@ -324,11 +325,8 @@ def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(
     monkeypatch.setattr(atari.Agent, "reset", reset)
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     monkeypatch.setattr(atari, "evaluate", lambda network, env_id, args, video: [0.0])
-    args = atari.Args(
-        device="cpu", run_dir=tmp_path, replay_ratio=replay_ratio, hidden_dim=4, log_interval=50_000
-    )
-    args.checkpoint_interval = 0
-    atari.run(atari.resolve(args), atari.Stop())
+    flags = dict(device="cpu", run_dir=str(tmp_path), hidden_dim=4, log_interval=50_000)
+    atari.run(atari.Args(replay_ratio=replay_ratio, checkpoint_interval=0, **flags))
     (path,) = tmp_path.glob("*/result.json")
     result = json.loads(path.read_text())
     assert result["gradient_updates"] == kept["updates"] == 98_001 * replay_ratio
@@ -378,10 +376,10 @@ class ScriptedNetwork:
     """Takes action 1 always and keeps what it was shown."""
 
     def __init__(self):
-        self.support, self.shown = torch.arange(3.0), []
+        self.support, self.shown, self.head = torch.arange(3.0), [], torch.nn.Identity()
 
-    def __call__(self, images, noisy):
-        assert noisy is False
+    def __call__(self, images):
+        assert not self.head.training  # no noise
         self.shown.append((images * 255).round().to(torch.uint8).numpy())
         return torch.log(
             torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9], [0.8, 0.1, 0.1]])
@@ -395,10 +393,10 @@ def test_evaluation_plays_exactly_one_full_game_per_environment(monkeypatch):
     games = [[[(1, 2)] * n + [(2, 0)]] for n in (0, 7, 3, 12)]
     envs = ScriptedEnvs(games)
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
-    returns = atari.evaluate(
-        ScriptedNetwork(), "Alien", atari.Args(eval_episodes=4, eval_epsilon=0.0)
-    )
+    network, args = ScriptedNetwork(), atari.Args(eval_episodes=4, eval_epsilon=0.0)
+    returns = atari.evaluate(network, "Alien", args)
     assert returns == [2.0, 9.0, 5.0, 14.0]  # unclipped sums, in the environments' order
+    assert network.head.training  # the noise is back
     assert envs.finished == [1, 1, 1, 1]
     assert envs.steps_after_end == [0, 0, 0, 0]
     assert all((entry[1] == 1).all() for entry in envs.log if entry[0] == "step")
@@ -454,7 +452,9 @@ def test_evaluation_on_real_games_equals_playing_them_one_by_one():
     torch.manual_seed(0)
     probe = atari.make_envs("Alien", 1, 0)
     network = atari.QNetwork(int(probe.action_space.n), args)
+    network.sample_noise(torch.Generator().manual_seed(0))  # which must not be heard
     returns = atari.evaluate(network, "Alien", args)
+    network.head.eval()
     one_by_one = []
     for i in range(3):
         envs = atari.make_envs("Alien", 1, 30_000 + i)
@@ -464,7 +464,7 @@ def test_evaluation_on_real_games_equals_playing_them_one_by_one():
             padded = [np.zeros((84, 84), np.uint8)] * (4 - len(stack)) + stack
             images = torch.from_numpy(np.stack(padded)[None]).float() / 255
             with torch.no_grad():
-                action = int(network.q_values(network(images, noisy=False)).argmax())
+                action = int(network.q_values(network(images)).argmax())
             frames, rewards, terminated, truncated, info = envs.step(np.array([action], np.int32))
             total += float(rewards[0])
             stack = [frames[0, 0]] if 0 < info["lives"][0] < lives else [*stack[-3:], frames[0, 0]]

@@ -10,7 +10,7 @@ import plastic_drq_rainbow_atari as atari
 
 
 def make_args(**flags):
-    return atari.resolve(atari.Args(device="cpu", **flags))
+    return atari.Args(device="cpu", **flags)
 
 
 def count(module):
@@ -121,14 +121,14 @@ def test_noisy_layer_equals_the_factorised_form():
     layer.sample_noise(torch.Generator().manual_seed(0))
     w = {name: value.detach().double().numpy() for name, value in layer.state_dict().items()}
     x = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    noisy, quiet = layer(torch.tensor(x)), layer.eval()(torch.tensor(x))
     for b in range(4):
         for i in range(3):
             mean = w["weight_mu"][i] @ x[b] + w["bias_mu"][i]
             noise = w["weight_sigma"][i] @ (x[b] * w["noise_in"]) + w["bias_sigma"][i]
-            assert layer(torch.tensor(x))[b, i].item() == pytest.approx(
-                mean + noise * w["noise_out"][i], abs=1e-5
-            )
-            assert layer(torch.tensor(x), noisy=False)[b, i].item() == pytest.approx(mean, abs=1e-5)
+            expected = mean + noise * w["noise_out"][i]
+            assert noisy[b, i].item() == pytest.approx(expected, abs=1e-5)
+            assert quiet[b, i].item() == pytest.approx(mean, abs=1e-5)
 
 
 def test_noise_is_sign_times_root_of_a_gaussian_and_new_at_each_draw():
@@ -156,11 +156,11 @@ def test_noisy_initialisation():
 def test_dueling_head_subtracts_the_mean_advantage():
     head = atari.DuelingHead(8, 3, make_args(hidden_dim=4, n_atoms=5))
     x = torch.randn(2, 8)
-    value = head.value(x, noisy=False).detach().numpy()
-    advantage = head.advantage(x, noisy=False).detach().numpy().reshape(2, 3, 5)
+    value = head.value(x).detach().numpy()
+    advantage = head.advantage(x).detach().numpy().reshape(2, 3, 5)
     logits = value[:, None] + advantage - advantage.mean(1, keepdims=True)
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    np.testing.assert_allclose(head(x, noisy=False).exp().detach().numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(head(x).exp().detach().numpy(), expected, atol=1e-6)
 
 
 def test_backbone_gradient_is_scaled_and_nothing_else():

@@ -68,7 +68,7 @@ def test_replay_against_a_list_of_all_transitions(events, n, capacity, gamma):
                     next_stack,
                 )
     assert set(replay.priorities.nonzero().flatten().tolist()) == set(expected)
-    assert 0 <= replay.cursor == cursor % replay.slots == replay.newest_slot.item()
+    assert 0 <= replay.cursor == cursor % replay.slots == replay.cursor_tensor.item()
     if expected:
         index = torch.tensor(list(expected))
         batch = replay.gather(index)

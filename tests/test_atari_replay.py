@@ -75,7 +75,7 @@ def test_transitions_equal_a_brute_force_simulation(n_step, num_steps):
             np.testing.assert_allclose(batch.discount[row], discount, atol=1e-6)
             if next_obs is not None:
                 np.testing.assert_array_equal(batch.next_obs[row], next_obs)
-    np.testing.assert_array_equal(replay.newest()[0], slow_stack(stream[0], stream[3], num_steps))
+    np.testing.assert_array_equal(replay.last_obs()[0], slow_stack(stream[0], stream[3], num_steps))
 
 
 def test_the_whole_run_fits_and_the_oldest_leaves_first():

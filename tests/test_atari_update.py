@@ -18,7 +18,7 @@ def make_agent(seed=0, num_updates=100, num_actions=3, **flags):
     flags = (
         dict(hidden_dim=16, n_atoms=11, batch_size=BATCH, aug_shift=0, aug_intensity=0.0) | flags
     )
-    args = atari.resolve(atari.Args(device="cpu", **flags))
+    args = atari.Args(device="cpu", **flags)
     torch.manual_seed(seed)
     agent = atari.Agent(num_actions, num_updates, args, torch.Generator().manual_seed(seed))
     with torch.no_grad():  # online and target differ, as they do in training
@@ -285,25 +285,24 @@ def test_sam_on_a_quadratic(scope, inside):
     parameters = list((model if scope == "all" else getattr(model, scope)).parameters())
     backup = [torch.empty_like(w) for w in parameters]
     g = model.backward()
-    atari.sam_perturb(parameters, backup, rho=0.3)
-    step = torch.zeros(5)
-    step[list(inside)] = (
-        g[list(inside)] / g[list(inside)].norm() * 0.3
-    )  # the norm over the scope alone
-    torch.testing.assert_close(model.weights().detach(), w0 + step)
-    assert abs(float((model.weights().detach() - w0).norm()) - 0.3) < 1e-5
-    torch.testing.assert_close(
-        model.backward(), model.a @ (w0 + step)
-    )  # closed form of the second gradient
-    atari.sam_restore(parameters, backup)
+    step, inside = torch.zeros(5), list(inside)
+    step[inside] = g[inside] / g[inside].norm() * 0.3  # the norm over the scope alone
+    with atari.sam_perturbed(parameters, backup, rho=0.3):
+        torch.testing.assert_close(model.weights().detach(), w0 + step)
+        assert abs(float((model.weights().detach() - w0).norm()) - 0.3) < 1e-5
+        second_gradient = model.backward()
+    torch.testing.assert_close(second_gradient, model.a @ (w0 + step))  # closed form
+    assert torch.equal(model.weights(), w0)
+    with pytest.raises(KeyboardInterrupt), atari.sam_perturbed(parameters, backup, rho=0.3):
+        raise KeyboardInterrupt
     assert torch.equal(model.weights(), w0)
 
 
-def test_sam_with_a_zero_gradient_moves_nothing():
-    w = nn.Parameter(torch.ones(3))
+def test_sam_leaves_alone_what_has_no_gradient_or_one_of_zero():
+    w, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     w.grad = torch.zeros(3)
-    atari.sam_perturb([w], [torch.empty(3)], 0.1)
-    assert torch.equal(w, torch.ones(3))
+    with atari.sam_perturbed([w, idle], [torch.empty(3), torch.empty(3)], 0.1):
+        assert torch.equal(w, torch.ones(3)) and torch.equal(idle, torch.ones(3))
 
 
 def test_beta_rises_from_per_beta_to_one_over_all_updates():
@@ -433,7 +432,7 @@ def test_shrink_and_perturb_arithmetic():
     ],
 )
 def test_shrink_perturb_alpha_is_resolved(flags, alpha):
-    assert atari.resolve(atari.Args(**flags)).shrink_perturb_alpha == alpha
+    assert atari.Args(**flags).shrink_perturb_alpha == alpha
 
 
 def test_a_reset_shrinks_and_perturbs_only_below_alpha_one():
@@ -447,29 +446,31 @@ def test_a_reset_shrinks_and_perturbs_only_below_alpha_one():
         )
 
 
-# --- Non-finite gradients ---------------------------------------------------------------------------------------------
+# --- Numbers that are not finite -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [PLAIN, dict()], ids=["base", "plastic"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_non_finite_gradient_skips_the_update(flags, poison):
-    agent, replay = make_agent(**flags), FixedReplay()
-    agent.update(replay)
-    before, moments = state(agent), [t.clone() for t in adam_tensors(agent)]
-    priorities = replay.priorities.clone()
+def test_a_gradient_that_is_not_finite_shows_in_every_later_loss(flags, poison):
+    """So that check_finite() need not look at each update; resets do not hide it, at any alpha."""
+    agent, replay = make_agent(shrink_perturb_alpha=0.6, **flags), FixedReplay()
+    assert agent.update(replay).isfinite().all()
     replay.weights = torch.tensor([1.0, poison, 0.5, 0.5])
-    for _ in range(2):
-        agent.update(replay)
-    assert agent.counts.tolist() == [3, 2, 2, 2]
-    after = state(agent)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(torch.equal(a, b) for a, b in zip(moments, adam_tensors(agent), strict=True))
-    assert torch.equal(replay.priorities, priorities)
-    replay.weights = torch.ones(BATCH)
     agent.update(replay)
-    assert agent.counts.tolist() == [4, 2, 0, 2]
-    assert not torch.equal(before["online.backbone.0.weight"], agent.online.backbone[0].weight)
-    assert all(bool(w.isfinite().all()) for w in agent.parameters)
+    replay.weights = torch.ones(BATCH)
+    for _ in range(3):
+        agent.reset()
+        losses = agent.update(replay)
+        with pytest.raises(SystemExit, match="error: step 7: loss or gradient is not finite"):
+            atari.check_finite(losses, 7)
+
+
+def test_priorities_that_are_not_finite_lead_to_no_slot_beyond_the_buffer():
+    replay = atari.ReplayBuffer(50, 3, 0.99, torch.device("cpu"))
+    replay.priorities[5:9] = math.nan
+    batch, weights = replay.sample(8, torch.tensor(0.5), torch.Generator().manual_seed(0))
+    assert batch.index.max() < replay.slots
+    assert not weights.isfinite().all()
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
@@ -574,15 +575,14 @@ class HandMade(nn.Module):
         self.backbone = nn.Sequential(nn.ReLU())
         self.head = nn.Sequential(atari.CReLU())
 
-    def forward(self, images, noisy):
-        assert not noisy
+    def forward(self, images):
         self.backbone(images)
         return self.head(torch.tensor([[5.0, -1.0], [0.0, 0.0]]))
 
 
 def test_active_units_of_a_hand_made_network():
     network, images = HandMade(), torch.tensor([[1.0, -1.0], [2.0, 3.0]])
-    shares = atari.active_units(network, lambda: network(images, noisy=False))
+    shares = atari.active_units(network, lambda: network(images))
     assert shares == {"backbone.0": 0.75, "head.0": 0.25, "backbone": 0.75, "head": 0.25}
 
 

@@ -442,13 +442,13 @@ def test_temperature_falls_where_entropy_is_above_its_target(entropy, direction)
 
 def test_the_actors_loss_never_moves_the_encoder(monkeypatch):
     agent = make_agent()
-    after_critic, original = [], dmc.move_target
+    after_critic, original = [], dmc.soft_update
 
     def spy(target, online, rate):
         after_critic.append(copy.deepcopy(online.state_dict()))
         original(target, online, rate)
 
-    monkeypatch.setattr(dmc, "move_target", spy)
+    monkeypatch.setattr(dmc, "soft_update", spy)
     before = copy.deepcopy(agent.actor.state_dict())
     agent.update(make_batch())
     for name, w in agent.online.state_dict().items():  # neither the encoder nor the Q-functions

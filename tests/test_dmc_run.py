@@ -305,7 +305,6 @@ def test_a_disk_that_is_full_during_a_checkpoint_costs_only_that_checkpoint(tmp_
     process.communicate(timeout=60)
     assert process.returncode == 143
     assert (run_dir / "checkpoint.pth").read_bytes() == before
-    assert not list(run_dir.glob("*.tmp"))
 
 
 DIVERGES = """

@@ -221,8 +221,8 @@ def test_an_encoder_that_is_trained_gets_its_gradient_over_the_root_of_two():
     agent = make_agent(freeze_backbone=False)
     images = torch.rand(2, 4, 84, 84, generator=torch.Generator().manual_seed(0))
     bias = agent.online.backbone.layers[0].down.bias
-    (scaled,) = torch.autograd.grad(agent.online(images, noisy=False)[:, :, 0].sum(), bias)
-    head = agent.online.head(agent.online.backbone(images), noisy=False)
+    (scaled,) = torch.autograd.grad(agent.online(images)[:, :, 0].sum(), bias)
+    head = agent.online.head(agent.online.backbone(images))
     (plain,) = torch.autograd.grad(head[:, :, 0].sum(), bias)
     torch.testing.assert_close(scaled, plain / 2**0.5)
 
@@ -501,11 +501,12 @@ def test_videos_never_cross_an_episodes_end():
 
 def player_file(path, env_id="Pong", **flags):
     """A model of six actions as the Atari script saves it, and its network."""
-    args = atari.resolve(atari.Args(env_id=env_id, device="cpu", hidden_dim=8, n_atoms=5, **flags))
+    args = atari.Args(env_id=env_id, device="cpu", hidden_dim=8, n_atoms=5, **flags)
     torch.manual_seed(0)
     network = atari.QNetwork(6, args)
-    saved_args = json.loads(json.dumps(atari.asdict(args), default=str))
-    torch.save({"args": saved_args, "num_actions": 6, "target": network.state_dict()}, path)
+    network.sample_noise(torch.Generator().manual_seed(0))
+    model = {"args": atari.asdict(args), "num_actions": 6, "target": network.state_dict()}
+    torch.save(model, path)
     return network
 
 
@@ -513,10 +514,10 @@ def player_file(path, env_id="Pong", **flags):
     "flags", [{}, dict(crelu=False, layer_norm=False), dict(layer_norm_scope="all")], ids=str
 )
 def test_a_player_plays_as_the_atari_scripts_network(tmp_path, flags):
-    network = player_file(tmp_path / "model.pth", **flags)
+    network = player_file(tmp_path / "model.pth", **flags).eval()  # without noise
     player = ft.load_player(tmp_path / "model.pth", "Pong")
     images = torch.rand(5, 4, 84, 84, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(player(images, noisy=False), network(images, noisy=False))
+    assert torch.equal(player(images), network(images))
 
 
 @pytest.mark.parametrize("kind", ["missing", "another game", "no model", "CReLU everywhere"])
@@ -555,7 +556,7 @@ def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch):
     seen = []
 
     class Player:
-        def __call__(self, images, noisy):
+        def __call__(self, images):
             seen.append((images[0, :, 0, 0] * 255).round().int().tolist())
             return torch.zeros(1, 6, 5)
 

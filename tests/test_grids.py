@@ -55,7 +55,8 @@ def parsed(line):
     python, script, *flags = shlex.split(line)
     assert python == "python"
     module = MODULES[script]
-    return script, module.resolve(tyro.cli(module.Args, args=flags))
+    args = tyro.cli(module.Args, args=flags)
+    return script, module.resolve(args) if hasattr(module, "resolve") else args
 
 
 def setting(args):

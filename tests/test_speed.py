@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,18 +27,17 @@ class Work:
         Work.seconds += 0.015
         self.inner()
 
-    def begin(self):
+    @contextmanager
+    def block(self):
         Work.seconds += 0.002
-
-    def end(self):
+        yield
         Work.seconds += 0.003
 
     def run(self):
         self.outer()
         self.inner()
-        self.begin()
-        self.inner()
-        self.end()
+        with self.block():
+            self.inner()
 
 
 def test_parts_are_attributed_to_the_outer_label_and_add_up(monkeypatch):
@@ -52,13 +52,13 @@ def test_parts_are_attributed_to_the_outer_label_and_add_up(monkeypatch):
         env_steps=0,
         updates=0,
         parts={"inner": (Work, "inner"), "outer": (Work, "outer")},
-        spans={"span": ((Work, "begin"), (Work, "end"))},
+        blocks={"block": (Work, "block")},
     )
     with speed.instrumented(subject, clock):
         work.run()
         work.run()
-    # "inner": the calls on its own, neither those inside outer nor those inside the span.
-    assert clock.collect() == pytest.approx({"outer": 40, "inner": 10, "span": 20})
+    # "inner": the calls on its own, neither those inside outer nor those inside the block.
+    assert clock.collect() == pytest.approx({"outer": 40, "inner": 10, "block": 20})
     assert clock.collect() == {}
     work.run()  # the instruments are gone
     assert clock.collect() == {}
