@@ -39,7 +39,6 @@ import difflib
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -64,7 +63,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FRAME_STACK = 4
-GAMES = sorted("".join(word.capitalize() for word in game.split("_")) for game in atari_game_list)
+GAMES = ["".join(word.capitalize() for word in game.split("_")) for game in atari_game_list]
 
 
 # --- Args -----------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ class Args:
     """PLASTIC on DrQ-Rainbow for Atari-100k. The defaults are PLASTIC at replay ratio 2."""
 
     # Run
-    env_id: str = "Alien"  # Atari game, by EnvPool's name without the version
+    env_id: str = "Alien"  # Atari game, as EnvPool names it: MsPacman
     seed: int = 1  # seed of the networks, the exploration, the sampling and the environment
     exp_name: str = "plastic_drq_rainbow_atari"  # name of this setting, part of the run's directory
     run_dir: str = "runs"  # where run directories are made: <run-dir>/<env-id>__<exp-name>__<seed>
@@ -91,10 +90,10 @@ class Args:
     total_timesteps: int = 100_000  # steps; one is 4 frames
     replay_ratio: int = 2  # gradient updates per step
     batch_size: int = 32  # transitions per update
-    learning_starts: int = 2_000  # steps with random actions; the last one has the first update
-    learning_rate: float = 1e-4  # of Adam (released: 1.414e-4)
+    learning_starts: int = 2_000  # random actions up to this step, which has the first update, too
+    learning_rate: float = 1e-4  # of Adam (1.414e-4 in the authors' release)
     adam_eps: float = 1.5e-4  # epsilon of Adam
-    max_grad_norm: float = 10.0  # global norm at which the applied gradient is clipped
+    max_grad_norm: float = 10.0  # largest norm of the gradient that is applied
     gamma: float = 0.99  # discount factor
     n_step: int = 10  # length of the multi-step return
     n_atoms: int = 51  # atoms of the return distribution (C51)
@@ -105,7 +104,7 @@ class Args:
     buffer_size: int = 100_000  # transitions in the replay buffer
     per_alpha: float = 0.5  # priority = cross-entropy ** alpha (0 = all alike)
     per_beta: float = 0.4  # first exponent of the importance weights; it ends at 1
-    target_ema: float = 0.99  # weight of the old target network in its moving average
+    target_ema: float = 0.99  # tau: target <- tau * target + (1 - tau) * online network
     aug_shift: int = 4  # largest random shift in pixels (0 = off)
     aug_intensity: float = 0.05  # scale of the intensity jitter (0 = off)
 
@@ -116,8 +115,8 @@ class Args:
     crelu_scope: Literal["head", "all"] = "head"  # all = the backbone's layers too
     sam_rho: float = 0.1  # radius of the SAM perturbation (0 = off)
     sam_scope: Literal["all", "backbone", "head"] = "all"  # parameters that SAM perturbs
-    # noise in SAM's two passes: independent = xi and xi' (Algorithm 1), reused = xi twice,
-    # none = no noise and xi
+    # noise in the second pass: independent = drawn anew (Algorithm 1), reused = that of the first;
+    # none = no noise in the first pass
     sam_noise: Literal["independent", "reused", "none"] = "independent"
     reset_interval: int = 40_000  # gradient updates between resets of the head (0 = off)
     # share of the backbone's weights kept at a reset (1 = off; auto = off below replay ratio 4,
@@ -142,42 +141,38 @@ class Args:
         if self.shrink_perturb_alpha == "auto":  # section 4.3: hurts at 2, pays at 4 and 8
             pays = self.replay_ratio >= 4 and self.reset_interval > 0
             self.shrink_perturb_alpha = 0.6 if pays else 1.0
-        at_least_1 = "replay_ratio batch_size n_step hidden_dim eval_episodes log_interval"
-        at_least_0 = "noisy_std per_alpha aug_shift aug_intensity sam_rho reset_interval"
-        at_least_0 += " eval_interval metrics_interval torch_threads"
-        above_0 = "learning_rate adam_eps max_grad_norm"
-        shares = "gamma per_beta target_ema eval_epsilon shrink_perturb_alpha"
-        for names, rule, holds in (
-            (at_least_1, "at least 1", lambda x: x >= 1),
-            (at_least_0, "0 or more", lambda x: 0 <= x < math.inf),
-            (above_0, "above 0", lambda x: 0 < x < math.inf),
-            (shares, "from 0 to 1", lambda x: 0 <= x <= 1),
-            ("n_atoms", "at least 2", lambda x: x >= 2),
-            ("seed", "from 0 to 200,000", lambda x: 0 <= x <= 200_000),  # EnvPool's have 31 bits
+        tiny, huge = 1e-12, 10**9
+        for lowest, highest, names in (
+            (0, 1, "gamma per_beta target_ema eval_epsilon shrink_perturb_alpha"),
+            (0, 1024, "torch_threads"),
+            (0, 200_000, "seed"),  # EnvPool's have 31 bits, and an evaluation's are 10,000 times it
+            (0, huge, "noisy_std per_alpha aug_shift aug_intensity sam_rho reset_interval"),
+            (0, huge, "checkpoint_interval eval_interval metrics_interval"),
+            (tiny, huge, "learning_rate adam_eps max_grad_norm"),
+            (1, huge, "replay_ratio batch_size n_step hidden_dim eval_episodes log_interval"),
+            (2, huge, "n_atoms"),
         ):
             for name in names.split():
                 flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-                if not holds(value):  # nan never does
-                    raise ValueError(f"{flag} must be {rule}, not {value}")
+                if value != "auto" and not lowest <= value <= highest:  # nan is in no range
+                    raise ValueError(f"{flag} must be from {lowest:,} to {highest:,}, not {value}")
         if self.env_id not in GAMES:
             closest = difflib.get_close_matches(self.env_id, GAMES, n=1, cutoff=0)[0]
             raise ValueError(f"--env-id {self.env_id}: no such game, the closest is {closest}")
-        if Path(self.exp_name).name != self.exp_name or self.exp_name in ("", ".."):
+        if "/" in self.exp_name or self.exp_name in ("", ".", ".."):
             raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
-        if self.checkpoint_interval != "auto" and self.checkpoint_interval < 0:
-            raise ValueError("--checkpoint-interval must be auto, or 0 or more")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
-        if not 2 * self.n_step <= self.learning_starts < self.total_timesteps:
-            raise ValueError("--learning-starts: from twice --n-step to below --total-timesteps")
-        if self.buffer_size < 2 * self.n_step:
-            raise ValueError("--buffer-size must be at least twice --n-step")
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be below --total-timesteps")
+        if min(self.learning_starts, self.buffer_size) < 2 * self.n_step:
+            raise ValueError("--learning-starts and --buffer-size: at least twice --n-step")
         if not -math.inf < self.v_min < self.v_max < math.inf:
             raise ValueError("--v-min must be below --v-max, and both finite")
         if self.shrink_perturb_alpha < 1 and self.reset_interval == 0:
             raise ValueError("--shrink-perturb-alpha acts at resets: give a --reset-interval")
         if self.evaluate is not None and not Path(self.evaluate).is_file():
-            raise ValueError(f"--evaluate {self.evaluate}: no such file")
+            raise ValueError(f"--evaluate {self.evaluate}: not a file")
         if self.track and find_spec("wandb") is None:
             raise ValueError("--track needs Weights & Biases: pip install wandb")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -194,10 +189,11 @@ class Args:
 def make_envs(env_id: str, num_envs: int, seed: int):
     """Atari as the paper plays it: an EnvPool with Gymnasium's API; env i has the seed seed + i.
 
-    It takes its seed here and nowhere else: reset(seed=...) does nothing. Observations are the
-    newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and stacks of frames are left to the
-    caller: EnvPool's own episodic_life would play no-ops after every lost life.
+    EnvPool takes its seed here and nowhere else: reset(seed=...) does nothing. Observations are
+    the newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and stacks of frames are left to
+    the caller: EnvPool's own episodic_life would play no-ops after every lost life.
     """
+    # 27,000 steps are 108,000 frames, half an hour of play.
     # fmt: off
     return envpool.make_gymnasium(
         f"{env_id}-v5", num_envs=num_envs, seed=seed, stack_num=1, frame_skip=4, noop_max=30,
@@ -264,8 +260,8 @@ class NoisyLinear(nn.Module):
         """[B, in_features] -> [B, out_features]."""
         if not self.training:
             return F.linear(x, self.weight_mu, self.bias_mu)
-        # mu + sigma * outer(noise_out, noise_in), composed: a second matrix product for the noise
-        # would take longer on the CPU.
+        # mu + sigma * outer(noise_out, noise_in), where addcmul(a, b, c) is a + b * c. A second
+        # matrix product for the noise would take longer on the CPU.
         noisy_sigma = self.weight_sigma * self.noise_in
         weight = torch.addcmul(self.weight_mu, noisy_sigma, self.noise_out[:, None])
         bias = torch.addcmul(self.bias_mu, self.bias_sigma, self.noise_out)
@@ -273,7 +269,7 @@ class NoisyLinear(nn.Module):
 
 
 class NoisyStream(nn.Module):
-    """One stream of the dueling head: noisy hidden layer, activation, noisy output."""
+    """One stream of the dueling head: noisy hidden layer, LayerNorm or not, activation, output."""
 
     def __init__(self, in_features: int, out_features: int, args: Args) -> None:
         super().__init__()
@@ -286,11 +282,12 @@ class NoisyStream(nn.Module):
         self.output = NoisyLinear(fan_in, out_features, args.noisy_std)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, in_features] -> [B, out_features]."""
         return self.output(self.activation(self.norm(self.hidden(x))))
 
 
 class DuelingHead(nn.Module):
-    """Dueling head on atoms: q = v + a - mean(a) (Wang et al., 2016; Bellemare et al., 2017)."""
+    """Dueling head with the logits v + a - mean(a) (Wang et al., 2016; Bellemare et al., 2017)."""
 
     def __init__(self, in_features: int, num_actions: int, args: Args) -> None:
         super().__init__()
@@ -325,7 +322,7 @@ class QNetwork(nn.Module):
     def __init__(self, num_actions: int, args: Args) -> None:
         super().__init__()
         self.backbone = make_backbone(args)
-        features = 3136 * (2 if args.crelu and args.crelu_scope == "all" else 1)
+        features = self.backbone(torch.zeros(1, FRAME_STACK, 84, 84)).shape[1]
         self.head = DuelingHead(features, num_actions, args)
         self.register_buffer("support", torch.linspace(args.v_min, args.v_max, args.n_atoms))
 
@@ -340,12 +337,10 @@ class QNetwork(nn.Module):
                 module.sample_noise(generator)
 
     def forward(self, images: Tensor) -> Tensor:
-        """In [0, 1] [B, 4, 84, 84] -> log-probabilities of the returns, [B, num_actions, n_atoms].
-
-        Both streams feed the backbone, so its gradient is scaled by 1/sqrt(2) (Wang et al., 2016):
-        lerp(x, x) is x, but only its second end passes a gradient on.
-        """
+        """Images in [0, 1] [B, 4, 84, 84] -> log-probabilities, [B, num_actions, n_atoms]."""
         features = self.backbone(images)
+        # The gradients of both streams add up here, so they are scaled by 1/sqrt(2) (Wang et al.,
+        # 2016): lerp(x, x) is x, but only its second end passes a gradient on.
         return self.head(torch.lerp(features.detach(), features, 2**-0.5))
 
 
@@ -394,7 +389,8 @@ class ReplayBuffer:
         self.window = torch.arange(n_step, device=device)
         self.history = torch.arange(1 - FRAME_STACK, 1, device=device)  # -3, -2, -1, 0
         self.cursor = 0
-        self.cursor_tensor = torch.zeros(1, dtype=torch.int64, device=device)  # for a CUDA graph
+        # The same, for a CUDA graph and for a checkpoint.
+        self.cursor_tensor = torch.zeros(1, dtype=torch.int64, device=device)
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
     def start(self, frame: np.ndarray) -> None:
@@ -404,7 +400,7 @@ class ReplayBuffer:
         here. Nothing completes the windows of its newest transitions: they are never sampled.
         """
         self.cursor, self.pending = int(self.cursor_tensor), 0
-        if not self.dones[self.cursor - 1]:
+        if not self.dones[self.cursor - 1]:  # an empty buffer is all done
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
@@ -424,7 +420,7 @@ class ReplayBuffer:
         slots = torch.arange(first, first + num_complete, device=self.priorities.device)
         self.priorities[slots % self.slots] = self.max_priority
         self.pending -= num_complete
-        # The oldest transition goes: the new frame has overwritten the first of its stack.
+        # The new frame has cut the stacks of the next three slots: the third one now goes, too.
         self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
@@ -433,7 +429,8 @@ class ReplayBuffer:
         Frames from before the current life are zeros.
         """
         slots = (index[:, None] + self.history) % self.slots
-        # A frame is seen if nothing was done from it on: a product from the right to the left.
+        # Only what came after the last done is seen: dones 0, 1, 0 of the older three give 0, 0, 1,
+        # a product from right to left.
         not_done = ~self.dones[slots[:, :-1]]
         seen = not_done.flip(1).cumprod(1, dtype=torch.uint8).flip(1)
         frames = self.frames[slots]
@@ -447,10 +444,10 @@ class ReplayBuffer:
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
         window = (index[:, None] + self.window) % self.slots  # [B, n]; of 10 slots: 8, 9, 0
-        not_done = (~self.dones[window]).float().cumprod(1)  # 1 until the first done, which has 0
-        # The first done's own reward still counts: shift by one.
-        counts = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], dim=1)
-        n_step_return = (self.rewards[window] * counts * self.gammas[:-1]).sum(1)
+        not_done = (~self.dones[window]).float().cumprod(1)  # dones 0, 1, 0: 1, 0, 0
+        # The reward of the first done counts, too: 1, 1, 0.
+        in_life = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], dim=1)
+        n_step_return = (self.rewards[window] * in_life * self.gammas[:-1]).sum(1)
         return Batch(
             index=index,
             obs=self.stack(index),
@@ -461,15 +458,15 @@ class ReplayBuffer:
         )
 
     def sample(self, batch_size: int, beta: Tensor, generator: Generator) -> tuple[Batch, Tensor]:
-        """batch_size transitions in proportion to their priorities, one from each stratum.
+        """A batch drawn by priority, one transition from each of batch_size strata; its weights.
 
-        (Schaul et al., 2016, appendix B.2.1.) Also their importance weights (1 / (N p)) ** beta
-        over the batch's largest, float32 [B]: N and the sum of the priorities cancel there.
+        The importance weights, float32 [B], are (1 / (N p)) ** beta over the largest of them, so
+        that N and the sum of all priorities cancel (Schaul et al., 2016, appendix B.2.1).
         """
         device = self.priorities.device
         # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
         cumulative = self.priorities.cumsum(0, dtype=torch.float64)
-        # float32 draws stay below 1 in float64, so that the last one falls on a priority above 0.
+        # In float64 a float32 draw stays below 1, and so below the last slot with a priority.
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
@@ -485,7 +482,10 @@ class ReplayBuffer:
         return self.gather(index)
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
-        """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set."""
+        """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set.
+
+        Of a slot that is there twice, with two augmentations, either priority may stay.
+        """
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
 
@@ -506,18 +506,17 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> 
     A random shift of up to `shift` pixels, with edge padding, then a factor
     1 + intensity * clip(N(0, 1), -2, 2).
     """
-    batch, channels, height, width = obs.shape
+    (batch, channels, height, width), device = obs.shape, obs.device
     if shift > 0:
-        offsets = (2, batch, 1)
-        dy, dx = torch.randint(-shift, shift + 1, offsets, generator=generator, device=obs.device)
+        dy, dx = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator, device=device)
         # Clamping repeats the edge: shifted by -1, rows 0, 1, 2 show 0, 0, 1.
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)
-        columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
+        rows = (torch.arange(height, device=device) + dy).clamp(0, height - 1)  # [B, H]
+        columns = (torch.arange(width, device=device) + dx).clamp(0, width - 1)  # [B, W]
         pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1)
         obs = obs.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
-        noise = torch.randn((batch, 1, 1, 1), generator=generator, device=obs.device)
+        noise = torch.randn((batch, 1, 1, 1), generator=generator, device=device)
         images *= 1 + intensity * noise.clamp(-2, 2)
     return images
 
@@ -538,7 +537,7 @@ def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) ->
         norm = nn.utils.get_total_norm([w.grad for w in perturbed])
         scale = rho / (norm + 1e-12)
         for w in perturbed:
-            w.addcmul_(w.grad, scale)
+            w.addcmul_(w.grad, scale)  # w + w.grad * scale
     try:
         yield
     finally:
@@ -603,13 +602,13 @@ def gather_action(log_probs: Tensor, action: Tensor) -> Tensor:
 
 
 def cross_entropy(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
-    """The TD error of Eq. 1, for distributions: [B, num_actions, N], [B], [B, N] -> [B]."""
+    """Eq. 1's TD error for distributions: [B, num_actions, N], [B], [B, N] -> [B]."""
     return -(td_target * gather_action(log_probs, action)).sum(1)
 
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2; elsewhere tau is 1 - tau)."""
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2); others call 1 - tau tau."""
     for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
         w_target.lerp_(w, 1 - tau)
 
@@ -618,13 +617,14 @@ class Agent:
     """DrQ-Rainbow with the paper's interventions: networks, optimizer, acting, Algorithm 1.
 
     `num_updates` is that of the whole run, over which PER's beta rises to 1. act() and update()
-    have no .item() and change tensors in place: a CUDA graph can replay them.
+    have no .item(), and change tensors in place: a CUDA graph can replay them.
     """
 
     def __init__(
         self, num_actions: int, num_updates: int, args: Args, generator: Generator
     ) -> None:
-        self.args, self.num_updates, self.generator = args, num_updates, generator
+        self.args, self.generator = args, generator
+        self.num_actions, self.num_updates = num_actions, num_updates
         device = generator.device
         self.online = QNetwork(num_actions, args).to(device, memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
@@ -640,7 +640,7 @@ class Agent:
         scope = self.online if args.sam_scope == "all" else getattr(self.online, args.sam_scope)
         self.sam_parameters = list(scope.parameters()) if args.sam_rho > 0 else []
         self.sam_backup = [torch.empty_like(w) for w in self.sam_parameters]
-        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)  # made so far
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
@@ -657,20 +657,17 @@ class Agent:
         next_probs = gather_action(self.target(next_images), action).exp()
         return project(next_probs, batch.n_step_return, batch.discount, self.target.support)
 
-    def update(self, replay: ReplayBuffer) -> Tensor:
-        """One gradient update: Algorithm 1 from line 8 on.
-
-        Returns the loss, the mean Q-value and the gradient's norm before clipping, [3].
-        """
+    def update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        """One gradient update: Algorithm 1 from line 8 on. Returns scalars to log."""
         args, generator, online, target = self.args, self.generator, self.online, self.target
 
-        # Line 8: a minibatch by priority, augmented.
+        # Line 8: a minibatch by priority, augmented. beta rises from per_beta to 1.
         beta = args.per_beta + (1 - args.per_beta) * self.updates / max(self.num_updates - 1, 1)
         batch, weights = replay.sample(args.batch_size, beta, generator)
         images = augment(batch.obs, args.aug_shift, args.aug_intensity, generator)
         next_images = augment(batch.next_obs, args.aug_shift, args.aug_intensity, generator)
 
-        # Line 11 before line 9: double Q-learning reads the online network, too.
+        # Lines 11, then 9: double Q-learning reads the online network, too, so noise comes first.
         online.sample_noise(generator)
         target.sample_noise(generator)
         td_target = self.td_target(batch, next_images)
@@ -680,10 +677,10 @@ class Agent:
             online.head.eval()  # no noise in this pass
         self.optimizer.zero_grad()
         log_probs = online(images)
-        losses = cross_entropy(log_probs, batch.action, td_target)  # [B]
-        loss = (weights * losses).mean()
+        td_errors = cross_entropy(log_probs, batch.action, td_target)  # [B]
+        loss = (weights * td_errors).mean()
         loss.backward()
-        online.head.train()
+        online.head.train()  # noise again
 
         # Lines 13 to 16: climb to w + rho * g / ||g||, take the gradient there, come back to w.
         if args.sam_rho > 0:
@@ -691,8 +688,8 @@ class Agent:
                 if args.sam_noise == "independent":
                     online.sample_noise(generator)
                 self.optimizer.zero_grad()
-                sam_losses = cross_entropy(online(images), batch.action, td_target)
-                (weights * sam_losses).mean().backward()
+                sam_td_errors = cross_entropy(online(images), batch.action, td_target)
+                (weights * sam_td_errors).mean().backward()
 
         # Line 17: the step from w.
         gradient_norm = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
@@ -702,11 +699,11 @@ class Agent:
         soft_update(target, online, args.target_ema)
 
         # Priorities are of the first pass. The floor: 0 would take a transition out of the draw.
-        priorities = (losses.detach() ** args.per_alpha).clamp(min=1e-8)
+        priorities = (td_errors.detach() ** args.per_alpha).clamp(min=1e-8)
         replay.update_priorities(batch.index, priorities)
         self.updates.add_(1)
-        q_value = online.q_values(log_probs.detach()).mean()
-        return torch.stack([loss.detach(), q_value, gradient_norm])
+        q_values = online.q_values(log_probs.detach()).mean()
+        return {"td_loss": loss.detach(), "q_values": q_values, "gradient_norm": gradient_norm}
 
     def reset(self) -> None:
         """Reset the head, and shrink and perturb the backbone where that is on."""
@@ -724,9 +721,7 @@ class Agent:
         return tensors
 
 
-def capture(
-    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[Generator, ...] = ()
-) -> Callable[[], Tensor]:
+def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
     The function must not wait for the device, and everything that changes must lie in tensors that
@@ -751,11 +746,37 @@ def capture(
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
-    def run_graph() -> Tensor:
+    def run_graph() -> object:
         graph.replay()
         return output
 
     return run_graph
+
+
+def make_generators(args: Args) -> dict[str, Generator]:
+    """All sources of random numbers but the environment's, by name, seeded."""
+    generators = {"torch": torch.manual_seed(args.seed)}  # initial weights, random first actions
+    for name in ("sampling", "metrics"):  # two: measuring must change nothing of what is learned
+        seed = int(torch.randint(2**31, ()))
+        generators[name] = Generator(args.device).manual_seed(seed)
+    if args.device == "cuda":  # initial weights after resets
+        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+    return generators
+
+
+def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, Callable, Callable]:
+    """The agent, its replay buffer, and update() and act() on it: on a GPU as CUDA graphs."""
+    num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
+    num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
+    agent = Agent(num_actions, num_updates, args, generator)
+    capacity = min(args.buffer_size, args.total_timesteps)  # a short run needs no more
+    replay = ReplayBuffer(capacity, args.n_step, args.gamma, torch.device(args.device))
+    update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
+    if args.cuda_graph and args.device == "cuda":
+        changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
+        update = capture(update, changed, (generator,))
+        act = capture(act, changed, (generator,))
+    return agent, replay, update, act
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -784,9 +805,7 @@ def human_normalized_score(env_id: str, mean_return: float) -> float | None:
 
 
 @torch.no_grad()
-def evaluate(
-    network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None
-) -> list[float]:
+def evaluate(network: QNetwork, args: Args, video: list[np.ndarray] | None = None) -> list[float]:
     """Play --eval-episodes full games side by side; returns their returns, not clipped.
 
     Each environment plays one game: of many environments, the first games to end are the short
@@ -795,33 +814,31 @@ def evaluate(
     `video`, where given, takes the first game's frames, uint8 [84, 84].
     """
     network.head.eval()  # no noise
-    device, num_episodes = network.support.device, args.eval_episodes
     first_seed = 10_000 * (args.seed + 1)
-    envs = make_envs(env_id, num_episodes, first_seed)
+    envs = make_envs(args.env_id, args.eval_episodes, first_seed)
     rng = np.random.default_rng(first_seed)
     frames, info = envs.reset()
-    stacks = torch.zeros((num_episodes, FRAME_STACK, 84, 84), dtype=torch.uint8, device=device)
-    stacks[:, -1] = torch.from_numpy(frames[:, 0]).to(device)
-    lives, returns = info["lives"].copy(), np.zeros(num_episodes)
-    playing = np.arange(num_episodes, dtype=np.int32)  # a step after game over would reset a game
-    progress = tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False)
+    stacks = np.zeros((args.eval_episodes, FRAME_STACK, 84, 84), np.uint8)
+    stacks[:, -1] = frames[:, 0]
+    lives, returns = info["lives"].copy(), np.zeros(args.eval_episodes)
+    playing = np.arange(args.eval_episodes, dtype=np.int32)  # without the games that are over
+    progress = tqdm(total=len(playing), desc="evaluation", unit="game", disable=None, leave=False)
     while len(playing) > 0:
         if video is not None and 0 in playing:
-            video.append(stacks[0, -1].clone().cpu().numpy())
-        log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]))
-        actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
+            video.append(stacks[0, -1].copy())
+        obs = torch.from_numpy(stacks[playing]).to(network.support.device)
+        actions = network.q_values(network(to_images(obs))).argmax(1).int().cpu().numpy()
         explore = rng.random(len(playing)) < args.eval_epsilon
         actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
         frames, rewards, terminated, truncated, info = envs.step(actions, playing)
         playing = info["env_id"]  # in the order of the answers
         returns[playing] += rewards
+        # Some games are played on for a while with no life left: that is no new life.
         lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
         lives[playing] = info["lives"]
-        # A new life begins with an empty stack, as in training.
-        index = torch.from_numpy(playing).to(device)
-        same_life = torch.from_numpy(~lost_life).to(device)[:, None, None, None]
-        history = stacks[index, 1:] * same_life
-        stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
+        stacks[playing, :-1] = stacks[playing, 1:]
+        stacks[playing[lost_life], :-1] = 0  # a new life begins with an empty stack, as in training
+        stacks[playing, -1] = frames[:, 0]
         episode_over = terminated | truncated
         progress.update(int(episode_over.sum()))
         playing = playing[~episode_over]
@@ -857,7 +874,10 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     active: dict[str, Tensor] = {}  # bool, by layer
 
     def keep(name: str) -> Callable:
-        return lambda module, inputs, output: active.update({name: (output > 0).flatten()})
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            active[name] = (output > 0).flatten()
+
+        return hook
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
     hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
@@ -870,11 +890,12 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by Lanczos.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), -2 being below 1.
 
-    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the
-    residual of the largest Ritz pair falls below a thousandth of its value, after 100 products at
-    the latest; TF32 leaves three digits. nan for a loss that is not finite.
+    By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
+    with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
+    falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
+    digits. nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -918,7 +939,7 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: Generator)
     # Not online(images): its scaled backward pass gives a matrix that is no Hessian.
     log_probs = online.head(online.backbone(to_images(batch.obs)))
     loss = cross_entropy(log_probs, batch.action, td_target).mean()
-    means = [w for name, w in online.named_parameters() if "sigma" not in name]  # sigma is idle
+    means = [w for name, w in online.named_parameters() if "sigma" not in name]  # not in the loss
     metrics["hessian_max_eigenvalue"] = max_eigenvalue(loss, means, generator)
     online.head.train()
     target.head.train()
@@ -937,15 +958,15 @@ MAY_CHANGE = set(
 
 @dataclass
 class Counters:
-    """Where a run stands."""
+    """Where a run stands; its result.json will have all of it."""
 
-    step: int = 0
-    updates: int = 0
+    env_steps: int = 0
+    gradient_updates: int = 0
     resets: int = 0
-    seconds: float = 0.0  # of all, evaluations included
     training_seconds: float = 0.0  # of acting and learning
+    wall_clock_seconds: float = 0.0  # of all, evaluations included
     resumed_at: list[int] = field(default_factory=list)  # steps after which it was continued
-    git_commit: str | None = None  # of this process's code
+    git_commit: str | None = None  # of the newest process
     wandb_id: str | None = None
 
 
@@ -957,12 +978,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:  # torch.save puts one on top of "no space left on device"
+    except RuntimeError as error:
+        # torch.save says "unexpected pos", and has "no space left on device" as context.
         raise error.__context__ or error from None
     os.replace(temporary, path)
 
 
-def check_flags(args: Args, saved: dict, path: Path) -> None:
+def refuse_other_flags(args: Args, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags."""
     others = [
         f"--{name.replace('_', '-')} {saved.get(name)}"
@@ -974,14 +996,12 @@ def check_flags(args: Args, saved: dict, path: Path) -> None:
         sys.exit(f"error: {path} was made with {', '.join(others)}; {advice}")
 
 
-def save_checkpoint(path: Path, args: Args, counters: Counters, generators: dict, tensors: dict):
+def save_checkpoint(
+    path: Path, args: Args, counters: Counters, generators: dict, tensors: dict
+) -> None:
     """Write all that a run needs to go on but the emulator's state: it will begin a new episode."""
-    checkpoint = {
-        "args": asdict(args),
-        "counters": asdict(counters),
-        "generators": {name: generator.get_state() for name, generator in generators.items()},
-        "tensors": tensors,
-    }
+    checkpoint = {"args": asdict(args), "counters": asdict(counters), "tensors": tensors}
+    checkpoint["generators"] = {name: g.get_state() for name, g in generators.items()}
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -992,13 +1012,15 @@ def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> 
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        check_flags(args, checkpoint["args"], path)
+        refuse_other_flags(args, checkpoint["args"], path)
         for name, tensor in tensors.items():
             tensor.copy_(checkpoint["tensors"][name])
         if checkpoint["args"]["device"] == args.device:
             for name, generator in generators.items():
                 generator.set_state(checkpoint["generators"][name])
         return Counters(**checkpoint["counters"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = f"not a checkpoint of this script ({type(error).__name__})"
         sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
@@ -1027,33 +1049,23 @@ def device_name(args: Args) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def make_generators(args: Args) -> dict[str, Generator]:
-    """All sources of random numbers but the environment's, by name, seeded."""
-    torch.manual_seed(args.seed)  # initialisers, at the start and at resets; random first actions
-    seeds = torch.randint(2**31, (2,)).tolist()
-    # Metrics have their own: measuring must change nothing of what is learned.
-    sampling, metrics = (Generator(args.device).manual_seed(seed) for seed in seeds)
-    generators = {"torch": torch.default_generator, "sampling": sampling, "metrics": metrics}
-    if args.device == "cuda":  # initialisers at resets
-        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
-    return generators
+def remove_old_files(run_dir: Path) -> None:
+    """What this script has written there, for --overwrite."""
+    names = ("result.json", "checkpoint.pth", "checkpoint.pth.tmp", "model.pth", "video.gif")
+    for path in [*run_dir.glob("events.out.tfevents.*"), *(run_dir / name for name in names)]:
+        path.unlink(missing_ok=True)
 
 
 def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWriter:
-    """TensorBoard and, with --track, Weights & Biases; what --overwrite replaces is removed."""
+    """TensorBoard and, with --track, Weights & Biases."""
     if args.track:
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
         names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
         counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
-    if args.overwrite:
-        old = run_dir.glob("events.out.tfevents.*")
-        names = ("result.json", "checkpoint.pth", "model.pth", "video.gif")
-        for path in [*old, *(run_dir / name for name in names)]:
-            path.unlink(missing_ok=True)
     # purge_step hides from readers what a killed process logged after its last checkpoint.
-    writer = SummaryWriter(str(run_dir), purge_step=counters.step + 1)
+    writer = SummaryWriter(str(run_dir), purge_step=counters.env_steps + 1)
     table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
     writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
     return writer
@@ -1068,11 +1080,10 @@ def log_evaluation(writer: SummaryWriter, env_id: str, returns: list[float], ste
         writer.add_scalar("eval/human_normalized_score", score, step)
 
 
-def check_finite(losses: Tensor, step: int) -> None:
+def check_finite(losses: dict[str, Tensor], step: int) -> None:
     """End with one line if the newest losses are not finite: a nan, once there, never leaves."""
-    if not losses.isfinite().all():
-        advice = "lower --learning-rate or --sam-rho"
-        sys.exit(f"error: step {step}: loss or gradient is not finite; {advice}")
+    if not all(math.isfinite(value) for value in losses.values()):
+        sys.exit(f"error: step {step}: loss or gradient is not finite; lower --learning-rate")
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
@@ -1082,7 +1093,7 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that the next one joins, so that the step can end; one more ends the process."""
+    """A list that the next SIGTERM or Ctrl-C joins: the step can end. One more ends the process."""
     caught: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
@@ -1093,68 +1104,75 @@ def catch_stop_signals() -> list[int]:
     return caught
 
 
-def write_result(run_dir: Path, args: Args, counters: Counters, agent: Agent, returns: list):
-    """result.json, the last of a run's files: a directory with it holds a finished run."""
-    mean_return, versions = float(np.mean(returns)), {"python": platform.python_version()}
-    versions |= {"torch": torch.__version__, "envpool": envpool.__version__}
+def finish(
+    args: Args, run_dir: Path, counters: Counters, agent: Agent, returns: list, video: list | None
+) -> None:
+    """Write the run's files; result.json is the last one: where it is, a run is finished."""
+    if video is not None:
+        write_atomically(run_dir / "video.gif", lambda file: save_gif(video, file))
+    if args.save_model:
+        model = {"args": asdict(args), "num_actions": agent.num_actions}
+        model["target"] = agent.target.state_dict()
+        write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
+    mean_return, python = float(np.mean(returns)), sys.version.split()[0]
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id,
-        "seed": args.seed, "args": asdict(args), "env_steps": counters.step,
-        "gradient_updates": counters.updates, "resets": counters.resets,
-        "resumed_at": counters.resumed_at, "parameters": sum(w.numel() for w in agent.parameters),
+        "seed": args.seed, "args": asdict(args), **asdict(counters),
+        "env_steps_per_second": counters.env_steps / counters.training_seconds,
+        "updates_per_second": counters.gradient_updates / counters.training_seconds,
+        "parameters": sum(w.numel() for w in agent.parameters),
         "episode_returns": returns, "mean_return": mean_return,
         "human_normalized_score": human_normalized_score(args.env_id, mean_return),
-        "wall_clock_seconds": counters.seconds,
-        "env_steps_per_second": counters.step / counters.training_seconds,
-        "updates_per_second": counters.updates / counters.training_seconds,
-        "device": device_name(args), "versions": versions,
-        "git_commit": counters.git_commit,
+        "device": device_name(args),
+        "versions": {"python": python, "torch": torch.__version__, "envpool": envpool.__version__},
     }
     # fmt: on
     content = json.dumps(result, indent=2).encode()
     write_atomically(run_dir / "result.json", lambda file: file.write(content))
+    (run_dir / "checkpoint.pth").unlink(missing_ok=True)
+    print(f"{summary(args.env_id, returns)}; {run_dir / 'result.json'}")
 
 
 def train(args: Args, run_dir: Path) -> None:
     """A run from its seed, or from its checkpoint, to result.json."""
-    checkpoint_path, generators = run_dir / "checkpoint.pth", make_generators(args)
-    num_actions = int(make_envs(args.env_id, 1, args.seed).action_space.n)
-    num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
-    agent = Agent(num_actions, num_updates, args, generators["sampling"])
-    replay = ReplayBuffer(args.buffer_size, args.n_step, args.gamma, torch.device(args.device))
-    update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
-    if args.cuda_graph and args.device == "cuda":
-        changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-        update, act = (capture(function, changed, (agent.generator,)) for function in (update, act))
-
-    counters, tensors = Counters(), {**agent.tensors(), **replay.tensors()}
+    checkpoint_path = run_dir / "checkpoint.pth"
+    generators = make_generators(args)
+    agent, replay, update, act = make_agent(args, generators["sampling"])
+    tensors = {**agent.tensors(), **replay.tensors()}
+    counters = Counters()
     if checkpoint_path.exists() and not args.overwrite:
         counters = load_checkpoint(checkpoint_path, args, generators, tensors)
-        counters.resumed_at.append(counters.step)
+        counters.resumed_at.append(counters.env_steps)
     counters.git_commit = git_commit()
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with other
     # no-ops than the first one's and the evaluation's.
-    envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.step) % 2**30)
+    envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.env_steps) % 2**30)
     frames, info = envs.reset()
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
 
+    if args.overwrite:
+        remove_old_files(run_dir)
     writer = start_logging(args, run_dir, counters)
-    size = f"{sum(w.numel() for w in agent.parameters):,} parameters, {num_updates:,} updates"
-    print(f"{run_dir}: {size}, on {device_name(args)}, from step {counters.step}", file=sys.stderr)
-    start_time, checkpoint_time = time.perf_counter() - counters.seconds, time.perf_counter()
-    losses, stop_signals = torch.zeros(3), catch_stop_signals()
-    steps = range(counters.step + 1, args.total_timesteps + 1)
+    size = f"{sum(w.numel() for w in agent.parameters):,} parameters"
+    size += f", {agent.num_updates:,} updates, on {device_name(args)}"
+    print(f"{run_dir}: {size}, from step {counters.env_steps}", file=sys.stderr)
+    start_time = time.perf_counter() - counters.wall_clock_seconds
+    checkpoint_time = time.perf_counter()
+    stop_signals = catch_stop_signals()
+    losses: dict[str, Tensor] = {}
+    steps = range(counters.env_steps + 1, args.total_timesteps + 1)
     # With disable=None there is no bar where there is no terminal.
-    progress = tqdm(steps, args.env_id, args.total_timesteps, initial=counters.step, disable=None)
+    progress = tqdm(steps, args.env_id, args.total_timesteps, initial=steps.start - 1, disable=None)
     for step in progress:
-        counters.step, step_start = step, time.perf_counter()
+        counters.env_steps = step
+        step_start = time.perf_counter()
         last = step == args.total_timesteps
 
-        # Act
+        # Act: lines 4 to 6 of Algorithm 1
         if step <= args.learning_starts:
-            action = int(torch.randint(num_actions, ()))
+            action = int(torch.randint(agent.num_actions, ()))
         else:
             action = int(act())  # waits for the device
         frames, rewards, terminated, truncated, info = envs.step(np.array([action], np.int32))
@@ -1174,12 +1192,13 @@ def train(args: Args, run_dir: Path) -> None:
         done = bool(lost_life or episode_over)  # a time limit, too: nothing is bootstrapped there
         replay.add(action, reward, done, frames[0, 0])
 
-        # Learn
+        # Learn: line 7
         if step >= args.learning_starts:
             for _ in range(args.replay_ratio):
                 losses = update()
-                counters.updates += 1
-                if due(args.reset_interval, counters.updates) and not last:
+                counters.gradient_updates += 1
+                # Not on the last step: the evaluation would be of a fresh head.
+                if due(args.reset_interval, counters.gradient_updates) and not last:
                     agent.reset()
                     counters.resets += 1
         counters.training_seconds += time.perf_counter() - step_start
@@ -1187,8 +1206,7 @@ def train(args: Args, run_dir: Path) -> None:
         # Log
         if step >= args.learning_starts and (due(args.log_interval, step) or last):
             check_finite(losses, step)
-            names = ("td_loss", "q_values", "gradient_norm")
-            for name, value in zip(names, losses.tolist(), strict=True):
+            for name, value in losses.items():
                 writer.add_scalar(f"losses/{name}", value, step)
             writer.add_scalar("charts/resets", counters.resets, step)
             writer.add_scalar("charts/SPS", step / counters.training_seconds, step)
@@ -1196,9 +1214,12 @@ def train(args: Args, run_dir: Path) -> None:
             for name, value in plasticity_metrics(agent, replay, generators["metrics"]).items():
                 writer.add_scalar(f"plasticity/{name}", value, step)
         if due(args.eval_interval, step) and not last:
-            log_evaluation(writer, args.env_id, evaluate(agent.target, args.env_id, args), step)
+            log_evaluation(writer, args.env_id, evaluate(agent.target, args), step)
 
         # Checkpoint
+        if stop_signals:
+            progress.close()
+            print(f"stopping after step {step}", file=sys.stderr)
         if args.checkpoint_interval == "auto":
             checkpoint_due = time.perf_counter() - checkpoint_time >= 300
         else:
@@ -1206,49 +1227,38 @@ def train(args: Args, run_dir: Path) -> None:
         if args.checkpoint_interval != 0 and (checkpoint_due or last or stop_signals):
             check_finite(losses, step)
             writer.flush()
-            counters.seconds = time.perf_counter() - start_time
+            counters.wall_clock_seconds = time.perf_counter() - start_time
             save_checkpoint(checkpoint_path, args, counters, generators, tensors)
             checkpoint_time = time.perf_counter()
         if stop_signals:
-            progress.close()
-            print(f"stopped after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 
     # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
     on_stop_signals(signal.SIG_DFL)
     video = [] if args.capture_video else None
-    returns = evaluate(agent.target, args.env_id, args, video)
+    returns = evaluate(agent.target, args, video)
     log_evaluation(writer, args.env_id, returns, args.total_timesteps)
     writer.close()
-    counters.seconds = time.perf_counter() - start_time
-    if video is not None:
-        write_atomically(run_dir / "video.gif", lambda file: save_gif(video, file))
-    if args.save_model:
-        target = agent.target.state_dict()
-        model = {"args": asdict(args), "num_actions": num_actions, "target": target}
-        write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
-    write_result(run_dir, args, counters, agent, returns)
-    checkpoint_path.unlink(missing_ok=True)
-    print(f"{summary(args.env_id, returns)}; {run_dir / 'result.json'}")
+    counters.wall_clock_seconds = time.perf_counter() - start_time
+    finish(args, run_dir, counters, agent, returns, video)
 
 
 def run(args: Args) -> None:
-    """Begin a run or continue it, alone in its directory; what is there stays unless told."""
+    """Begin a run or continue it, alone in its directory; replace one only with --overwrite."""
     run_dir = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     result_path, checkpoint_path = run_dir / "result.json", run_dir / "checkpoint.pth"
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_dir / ".lock", blocking=False):
-            if result_path.exists() and args.resume:
-                check_flags(args, json.loads(result_path.read_text())["args"], result_path)
+            finished, unfinished = result_path.exists(), checkpoint_path.exists()
+            if (finished or unfinished) and not (args.resume or args.overwrite):
+                kind = "a finished" if finished else "an unfinished"
+                advice = "pass --resume or --overwrite, or change --exp-name or --seed"
+                sys.exit(f"error: {run_dir} holds {kind} run; {advice}")
+            if finished and args.resume:
+                refuse_other_flags(args, json.loads(result_path.read_text())["args"], result_path)
                 checkpoint_path.unlink(missing_ok=True)  # of a run killed before it could
                 print(f"{run_dir}: finished already", file=sys.stderr)
-            elif result_path.exists() and not args.overwrite:
-                advice = "change --exp-name or --seed, or pass --overwrite"
-                sys.exit(f"error: {run_dir} holds a finished run; {advice}")
-            elif checkpoint_path.exists() and not (args.resume or args.overwrite):
-                advice = "pass --resume to continue it, or --overwrite to begin anew"
-                sys.exit(f"error: {run_dir} holds an unfinished run; {advice}")
             else:
                 train(args, run_dir)
     except Timeout:
@@ -1264,18 +1274,19 @@ def evaluate_saved(args: Args) -> None:
     gif = Path(f"{args.evaluate}.gif")
     if args.capture_video and gif.exists() and not args.overwrite:
         sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
+    # The file's run may have been tracked; this command need not be.
+    ours = ("device", "torch_threads", "eval_episodes", "eval_epsilon", "track")
     try:
         model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        ours = ("device", "torch_threads", "eval_episodes", "eval_epsilon", "track")
-        saved = Args(**model["args"] | {name: getattr(args, name) for name in ours})
+        flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
+        saved = Args(**flags)
         network = QNetwork(model["num_actions"], saved)
         network.load_state_dict(model["target"])
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
-        problem = f"not a model that this script saved ({type(error).__name__})"
-        sys.exit(f"error: --evaluate {args.evaluate}: {problem}")
+        kind = type(error).__name__
+        sys.exit(f"error: {args.evaluate}: not a model that this script saved ({kind})")
     video = [] if args.capture_video else None
-    network = network.to(args.device, memory_format=torch.channels_last)
-    returns = evaluate(network, saved.env_id, saved, video)
+    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved, video)
     if video is not None:
         write_atomically(gif, lambda file: save_gif(video, file))
     print(summary(saved.env_id, returns))
@@ -1283,6 +1294,7 @@ def evaluate_saved(args: Args) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    on_stop_signals(signal.SIG_DFL)  # until the first step, Ctrl-C ends it without a traceback
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":  # TF32 in matrix products, as PyTorch has it in convolutions
         torch.set_float32_matmul_precision("high")

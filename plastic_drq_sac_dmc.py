@@ -474,18 +474,17 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> 
     A random shift of up to `shift` pixels, with edge padding, then a factor
     1 + intensity * clip(N(0, 1), -2, 2).
     """
-    batch, channels, height, width = obs.shape
+    (batch, channels, height, width), device = obs.shape, obs.device
     if shift > 0:
-        offsets = (2, batch, 1)
-        dy, dx = torch.randint(-shift, shift + 1, offsets, generator=generator, device=obs.device)
+        dy, dx = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator, device=device)
         # Clamping repeats the edge: shifted by -1, rows 0, 1, 2 show 0, 0, 1.
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)
-        columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
+        rows = (torch.arange(height, device=device) + dy).clamp(0, height - 1)  # [B, H]
+        columns = (torch.arange(width, device=device) + dx).clamp(0, width - 1)  # [B, W]
         pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1)
         obs = obs.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
-        noise = torch.randn((batch, 1, 1, 1), generator=generator, device=obs.device)
+        noise = torch.randn((batch, 1, 1, 1), generator=generator, device=device)
         images *= 1 + intensity * noise.clamp(-2, 2)
     return images
 
@@ -511,7 +510,7 @@ def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) ->
         norm = nn.utils.get_total_norm([w.grad for w in perturbed])
         scale = rho / (norm + 1e-12)
         for w in perturbed:
-            w.addcmul_(w.grad, scale)
+            w.addcmul_(w.grad, scale)  # w + w.grad * scale
     try:
         yield
     finally:
@@ -559,7 +558,7 @@ def td_error(q_values: Tensor, td_target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2; elsewhere tau is 1 - tau)."""
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2); others call 1 - tau tau."""
     for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
         w_target.lerp_(w, 1 - tau)
 
@@ -734,9 +733,7 @@ class Agent:
             reset_optimizer(self.optimizers[name])
 
 
-def capture(
-    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[Generator, ...] = ()
-) -> Callable[[], Tensor]:
+def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
     The function must not wait for the device, and everything that changes must lie in tensors that
@@ -761,7 +758,7 @@ def capture(
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
-    def run_graph() -> Tensor:
+    def run_graph() -> object:
         graph.replay()
         return output
 
@@ -856,7 +853,10 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     active: dict[str, Tensor] = {}  # bool, by layer
 
     def keep(name: str) -> Callable:
-        return lambda module, inputs, output: active.update({name: (output > 0).flatten()})
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            active[name] = (output > 0).flatten()
+
+        return hook
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
     hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
@@ -869,11 +869,12 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by Lanczos.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), -2 being below 1.
 
-    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the
-    residual of the largest Ritz pair falls below a thousandth of its value, after 100 products at
-    the latest; TF32 leaves three digits. nan for a loss that is not finite.
+    By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
+    with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
+    falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
+    digits. nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -952,7 +953,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:  # torch.save puts one on top of "no space left on device"
+    except RuntimeError as error:
+        # torch.save says "unexpected pos", and has "no space left on device" as context.
         raise error.__context__ or error from None
     os.replace(temporary, path)
 

@@ -155,10 +155,11 @@ class Args:
 def make_envs(env_id: str, num_envs: int, seed: int):
     """Atari as the paper plays it: an EnvPool with Gymnasium's API; env i has the seed seed + i.
 
-    It takes its seed here and nowhere else: reset(seed=...) does nothing. Observations are the
-    newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and stacks of frames are left to the
-    caller: EnvPool's own episodic_life would play no-ops after every lost life.
+    EnvPool takes its seed here and nowhere else: reset(seed=...) does nothing. Observations are
+    the newest frames alone, uint8 [num_envs, 1, 84, 84]. Lives and stacks of frames are left to
+    the caller: EnvPool's own episodic_life would play no-ops after every lost life.
     """
+    # 27,000 steps are 108,000 frames, half an hour of play.
     # fmt: off
     return envpool.make_gymnasium(
         f"{env_id}-v5", num_envs=num_envs, seed=seed, stack_num=1, frame_skip=4, noop_max=30,
@@ -214,8 +215,8 @@ class NoisyLinear(nn.Module):
         """[B, in_features] -> [B, out_features]."""
         if not self.training:
             return F.linear(x, self.weight_mu, self.bias_mu)
-        # mu + sigma * outer(noise_out, noise_in), composed: a second matrix product for the noise
-        # would take longer on the CPU.
+        # mu + sigma * outer(noise_out, noise_in), where addcmul(a, b, c) is a + b * c. A second
+        # matrix product for the noise would take longer on the CPU.
         noisy_sigma = self.weight_sigma * self.noise_in
         weight = torch.addcmul(self.weight_mu, noisy_sigma, self.noise_out[:, None])
         bias = torch.addcmul(self.bias_mu, self.bias_sigma, self.noise_out)
@@ -223,7 +224,7 @@ class NoisyLinear(nn.Module):
 
 
 class NoisyStream(nn.Module):
-    """One stream of the dueling head: noisy hidden layer, activation, noisy output."""
+    """One stream of the dueling head: noisy hidden layer, LayerNorm or not, activation, output."""
 
     def __init__(self, in_features: int, out_features: int, args: Args) -> None:
         super().__init__()
@@ -236,11 +237,12 @@ class NoisyStream(nn.Module):
         self.output = NoisyLinear(fan_in, out_features, args.noisy_std)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, in_features] -> [B, out_features]."""
         return self.output(self.activation(self.norm(self.hidden(x))))
 
 
 class DuelingHead(nn.Module):
-    """Dueling head on atoms: q = v + a - mean(a) (Wang et al., 2016; Bellemare et al., 2017)."""
+    """Dueling head with the logits v + a - mean(a) (Wang et al., 2016; Bellemare et al., 2017)."""
 
     def __init__(self, in_features: int, num_actions: int, args: Args) -> None:
         super().__init__()
@@ -700,7 +702,8 @@ class ReplayBuffer:
         self.window = torch.arange(n_step, device=device)
         self.history = torch.arange(1 - FRAME_STACK, 1, device=device)  # -3, -2, -1, 0
         self.cursor = 0
-        self.cursor_tensor = torch.zeros(1, dtype=torch.int64, device=device)  # for a CUDA graph
+        # The same, for a CUDA graph and for a checkpoint.
+        self.cursor_tensor = torch.zeros(1, dtype=torch.int64, device=device)
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
     def start(self, frame: np.ndarray) -> None:
@@ -710,7 +713,7 @@ class ReplayBuffer:
         here. Nothing completes the windows of its newest transitions: they are never sampled.
         """
         self.cursor, self.pending = int(self.cursor_tensor), 0
-        if not self.dones[self.cursor - 1]:
+        if not self.dones[self.cursor - 1]:  # an empty buffer is all done
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
@@ -730,7 +733,7 @@ class ReplayBuffer:
         slots = torch.arange(first, first + num_complete, device=self.priorities.device)
         self.priorities[slots % self.slots] = self.max_priority
         self.pending -= num_complete
-        # The oldest transition goes: the new frame has overwritten the first of its stack.
+        # The new frame has cut the stacks of the next three slots: the third one now goes, too.
         self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
@@ -739,7 +742,8 @@ class ReplayBuffer:
         Frames from before the current life are zeros.
         """
         slots = (index[:, None] + self.history) % self.slots
-        # A frame is seen if nothing was done from it on: a product from the right to the left.
+        # Only what came after the last done is seen: dones 0, 1, 0 of the older three give 0, 0, 1,
+        # a product from right to left.
         not_done = ~self.dones[slots[:, :-1]]
         seen = not_done.flip(1).cumprod(1, dtype=torch.uint8).flip(1)
         frames = self.frames[slots]
@@ -753,10 +757,10 @@ class ReplayBuffer:
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
         window = (index[:, None] + self.window) % self.slots  # [B, n]; of 10 slots: 8, 9, 0
-        not_done = (~self.dones[window]).float().cumprod(1)  # 1 until the first done, which has 0
-        # The first done's own reward still counts: shift by one.
-        counts = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], dim=1)
-        n_step_return = (self.rewards[window] * counts * self.gammas[:-1]).sum(1)
+        not_done = (~self.dones[window]).float().cumprod(1)  # dones 0, 1, 0: 1, 0, 0
+        # The reward of the first done counts, too: 1, 1, 0.
+        in_life = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], dim=1)
+        n_step_return = (self.rewards[window] * in_life * self.gammas[:-1]).sum(1)
         return Batch(
             index=index,
             obs=self.stack(index),
@@ -767,15 +771,15 @@ class ReplayBuffer:
         )
 
     def sample(self, batch_size: int, beta: Tensor, generator: Generator) -> tuple[Batch, Tensor]:
-        """batch_size transitions in proportion to their priorities, one from each stratum.
+        """A batch drawn by priority, one transition from each of batch_size strata; its weights.
 
-        (Schaul et al., 2016, appendix B.2.1.) Also their importance weights (1 / (N p)) ** beta
-        over the batch's largest, float32 [B]: N and the sum of the priorities cancel there.
+        The importance weights, float32 [B], are (1 / (N p)) ** beta over the largest of them, so
+        that N and the sum of all priorities cancel (Schaul et al., 2016, appendix B.2.1).
         """
         device = self.priorities.device
         # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
         cumulative = self.priorities.cumsum(0, dtype=torch.float64)
-        # float32 draws stay below 1 in float64, so that the last one falls on a priority above 0.
+        # In float64 a float32 draw stays below 1, and so below the last slot with a priority.
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
@@ -791,7 +795,10 @@ class ReplayBuffer:
         return self.gather(index)
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
-        """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set."""
+        """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set.
+
+        Of a slot that is there twice, with two augmentations, either priority may stay.
+        """
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
 
@@ -807,18 +814,17 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> 
     A random shift of up to `shift` pixels, with edge padding, then a factor
     1 + intensity * clip(N(0, 1), -2, 2).
     """
-    batch, channels, height, width = obs.shape
+    (batch, channels, height, width), device = obs.shape, obs.device
     if shift > 0:
-        offsets = (2, batch, 1)
-        dy, dx = torch.randint(-shift, shift + 1, offsets, generator=generator, device=obs.device)
+        dy, dx = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator, device=device)
         # Clamping repeats the edge: shifted by -1, rows 0, 1, 2 show 0, 0, 1.
-        rows = (torch.arange(height, device=obs.device) + dy).clamp(0, height - 1)
-        columns = (torch.arange(width, device=obs.device) + dx).clamp(0, width - 1)
+        rows = (torch.arange(height, device=device) + dy).clamp(0, height - 1)  # [B, H]
+        columns = (torch.arange(width, device=device) + dx).clamp(0, width - 1)  # [B, W]
         pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1)
         obs = obs.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(obs)
     images = to_images(obs)
     if intensity > 0:
-        noise = torch.randn((batch, 1, 1, 1), generator=generator, device=obs.device)
+        noise = torch.randn((batch, 1, 1, 1), generator=generator, device=device)
         images *= 1 + intensity * noise.clamp(-2, 2)
     return images
 
@@ -844,7 +850,7 @@ def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) ->
         norm = nn.utils.get_total_norm([w.grad for w in perturbed])
         scale = rho / (norm + 1e-12)
         for w in perturbed:
-            w.addcmul_(w.grad, scale)
+            w.addcmul_(w.grad, scale)  # w + w.grad * scale
     try:
         yield
     finally:
@@ -902,13 +908,13 @@ def gather_action(log_probs: Tensor, action: Tensor) -> Tensor:
 
 
 def cross_entropy(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tensor:
-    """The TD error of Eq. 1, for distributions: [B, num_actions, N], [B], [B, N] -> [B]."""
+    """Eq. 1's TD error for distributions: [B, num_actions, N], [B], [B, N] -> [B]."""
     return -(td_target * gather_action(log_probs, action)).sum(1)
 
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2; elsewhere tau is 1 - tau)."""
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2); others call 1 - tau tau."""
     for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
         w_target.lerp_(w, 1 - tau)
 
@@ -973,8 +979,8 @@ class Agent:
         next_probs = gather_action(self.target(next_images), action).exp()
         return project(next_probs, batch.n_step_return, batch.discount, self.target.support)
 
-    def update(self, replay: ReplayBuffer) -> Tensor:
-        """One gradient update (Algorithm 1, lines 8 to 18). Returns the loss, mean Q-value and gradient norm, [3]."""
+    def update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        """One gradient update: Algorithm 1 from line 8 on. Returns scalars to log."""
         args, generator, online, target = self.args, self.generator, self.online, self.target
         beta = args.per_beta + (1 - args.per_beta) * self.counts[0] / max(self.num_updates - 1, 1)
         batch, weights = replay.sample(args.batch_size, beta, generator)
@@ -1014,7 +1020,8 @@ class Agent:
             batch.index, torch.where(applied, priorities, replay.priorities[batch.index])
         )
         self.count(skipped=~applied)
-        return torch.stack([loss.detach(), online.q_values(log_probs.detach()).mean(), grad_norm])
+        q_values = online.q_values(log_probs.detach()).mean()
+        return {"td_loss": loss.detach(), "q_values": q_values, "gradient_norm": grad_norm}
 
     def count(self, skipped: Tensor) -> None:
         """Count one update."""
@@ -1044,9 +1051,7 @@ class Agent:
             shrink_towards(anchor, (self.online, self.target), self.args.shrink_perturb_alpha)
 
 
-def capture(
-    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[Generator, ...] = ()
-) -> Callable[[], Tensor]:
+def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
     The function must not wait for the device, and everything that changes must lie in tensors that
@@ -1071,7 +1076,7 @@ def capture(
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
-    def run_graph() -> Tensor:
+    def run_graph() -> object:
         graph.replay()
         return output
 
@@ -1082,9 +1087,7 @@ def capture(
 
 
 @torch.no_grad()
-def evaluate(
-    network: QNetwork, env_id: str, args: Args, video: list[np.ndarray] | None = None
-) -> list[float]:
+def evaluate(network: QNetwork, args: Args, video: list[np.ndarray] | None = None) -> list[float]:
     """Play --eval-episodes full games side by side; returns their returns, not clipped.
 
     Each environment plays one game: of many environments, the first games to end are the short
@@ -1093,33 +1096,31 @@ def evaluate(
     `video`, where given, takes the first game's frames, uint8 [84, 84].
     """
     network.head.eval()  # no noise
-    device, num_episodes = network.support.device, args.eval_episodes
     first_seed = 10_000 * (args.seed + 1)
-    envs = make_envs(env_id, num_episodes, first_seed)
+    envs = make_envs(args.env_id, args.eval_episodes, first_seed)
     rng = np.random.default_rng(first_seed)
     frames, info = envs.reset()
-    stacks = torch.zeros((num_episodes, FRAME_STACK, 84, 84), dtype=torch.uint8, device=device)
-    stacks[:, -1] = torch.from_numpy(frames[:, 0]).to(device)
-    lives, returns = info["lives"].copy(), np.zeros(num_episodes)
-    playing = np.arange(num_episodes, dtype=np.int32)  # a step after game over would reset a game
-    progress = tqdm(total=num_episodes, desc="evaluation", unit="game", disable=None, leave=False)
+    stacks = np.zeros((args.eval_episodes, FRAME_STACK, 84, 84), np.uint8)
+    stacks[:, -1] = frames[:, 0]
+    lives, returns = info["lives"].copy(), np.zeros(args.eval_episodes)
+    playing = np.arange(args.eval_episodes, dtype=np.int32)  # without the games that are over
+    progress = tqdm(total=len(playing), desc="evaluation", unit="game", disable=None, leave=False)
     while len(playing) > 0:
         if video is not None and 0 in playing:
-            video.append(stacks[0, -1].clone().cpu().numpy())
-        log_probs = network(to_images(stacks[torch.from_numpy(playing).to(device)]))
-        actions = network.q_values(log_probs).argmax(1).int().cpu().numpy()
+            video.append(stacks[0, -1].copy())
+        obs = torch.from_numpy(stacks[playing]).to(network.support.device)
+        actions = network.q_values(network(to_images(obs))).argmax(1).int().cpu().numpy()
         explore = rng.random(len(playing)) < args.eval_epsilon
         actions[explore] = rng.integers(envs.action_space.n, size=explore.sum())
         frames, rewards, terminated, truncated, info = envs.step(actions, playing)
         playing = info["env_id"]  # in the order of the answers
         returns[playing] += rewards
+        # Some games are played on for a while with no life left: that is no new life.
         lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
         lives[playing] = info["lives"]
-        # A new life begins with an empty stack, as in training.
-        index = torch.from_numpy(playing).to(device)
-        same_life = torch.from_numpy(~lost_life).to(device)[:, None, None, None]
-        history = stacks[index, 1:] * same_life
-        stacks[index] = torch.cat([history, torch.from_numpy(frames).to(device)], dim=1)
+        stacks[playing, :-1] = stacks[playing, 1:]
+        stacks[playing[lost_life], :-1] = 0  # a new life begins with an empty stack, as in training
+        stacks[playing, -1] = frames[:, 0]
         episode_over = terminated | truncated
         progress.update(int(episode_over.sum()))
         playing = playing[~episode_over]
@@ -1138,7 +1139,10 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     active: dict[str, Tensor] = {}  # bool, by layer
 
     def keep(name: str) -> Callable:
-        return lambda module, inputs, output: active.update({name: (output > 0).flatten()})
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            active[name] = (output > 0).flatten()
+
+        return hook
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
     hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
@@ -1151,11 +1155,12 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by Lanczos.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), -2 being below 1.
 
-    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the
-    residual of the largest Ritz pair falls below a thousandth of its value, after 100 products at
-    the latest; TF32 leaves three digits. nan for a loss that is not finite.
+    By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
+    with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
+    falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
+    digits. nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -1242,7 +1247,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:  # torch.save puts one on top of "no space left on device"
+    except RuntimeError as error:
+        # torch.save says "unexpected pos", and has "no space left on device" as context.
         raise error.__context__ or error from None
     os.replace(temporary, path)
 
@@ -1976,7 +1982,7 @@ def train(
             measuring_start = time.perf_counter()
             video = [] if args.capture_video and counters.step == args.total_timesteps else None
             stop.obey(at_once=True)  # the checkpoint of this very step is written
-            returns = evaluate(agent.target, args.env_id, args, video)
+            returns = evaluate(agent.target, args, video)
             stop.obey(at_once=False)
             mean_return = float(np.mean(returns))
             score = human_normalized_score(args.env_id, mean_return)
@@ -2020,7 +2026,7 @@ def train(
                 )
                 to_capture = False
             for _ in range(args.replay_ratio):
-                statistics = update()
+                losses = update()
                 counters.updates += 1
                 if due(args.reset_interval, counters.updates) and step < args.total_timesteps:
                     agent.reset()
@@ -2034,9 +2040,7 @@ def train(
                     fail(
                         f"stopped at step {step}: {problem}; lower --learning-rate or --sam-rho", 1
                     )
-                for name, value in zip(
-                    ("td_loss", "q_values", "gradient_norm"), statistics.tolist(), strict=True
-                ):
+                for name, value in losses.items():
                     writer.add_scalar(f"losses/{name}", value, step)
                 writer.add_scalar("losses/skipped_updates", skipped, step)
                 writer.add_scalar("charts/resets", counters.resets, step)
@@ -2160,9 +2164,7 @@ def evaluate_saved(args: Args) -> None:
             1,
         )
     video = [] if args.capture_video else None
-    returns = evaluate(
-        network.to(args.device, memory_format=torch.channels_last), saved.env_id, saved, video
-    )
+    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved, video)
     print(summary(saved.env_id, returns))
     if args.capture_video:
         write_atomically(gif, lambda file: save_gif(video, file))

@@ -487,9 +487,7 @@ class Replicas:
         return {"weights": self.weights, "momentum": self.momentum, "skipped": self.skipped}
 
 
-def capture(
-    function: Callable[[], Tensor], tensors: list[Tensor], generators: tuple[Generator, ...] = ()
-) -> Callable[[], Tensor]:
+def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
     The function must not wait for the device, and everything that changes must lie in tensors that
@@ -514,7 +512,7 @@ def capture(
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
-    def run_graph() -> Tensor:
+    def run_graph() -> object:
         graph.replay()
         return output
 
@@ -534,7 +532,10 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     active: dict[str, Tensor] = {}  # bool, by layer
 
     def keep(name: str) -> Callable:
-        return lambda module, inputs, output: active.update({name: (output > 0).flatten()})
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            active[name] = (output > 0).flatten()
+
+        return hook
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
     hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
@@ -547,11 +548,12 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest (algebraic) eigenvalue of the Hessian of `loss` (section 4.1), by Lanczos.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), -2 being below 1.
 
-    Needs Hessian-vector products only, and three vectors of the parameters' size. Stops when the
-    residual of the largest Ritz pair falls below a thousandth of its value, after 100 products at
-    the latest; TF32 leaves three digits. nan for a loss that is not finite.
+    By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
+    with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
+    falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
+    digits. nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -636,7 +638,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:  # torch.save puts one on top of "no space left on device"
+    except RuntimeError as error:
+        # torch.save says "unexpected pos", and has "no space left on device" as context.
         raise error.__context__ or error from None
     os.replace(temporary, path)
 

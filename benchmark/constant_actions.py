@@ -68,7 +68,7 @@ def main(args: Args) -> None:
     start_time, returns = time.perf_counter(), []
     for action in range(num_actions):
         policy = ConstantAction(action, num_actions)
-        returns.append(script.evaluate(policy, args.env_id, args.settings))
+        returns.append(script.evaluate(policy, args.settings))
         print(f"action {action}: {script.summary(args.env_id, returns[-1])}", flush=True)
     means = [float(np.mean(values)) for values in returns]
     best = int(np.argmax(means))

@@ -217,7 +217,7 @@ def run_on(monkeypatch, tmp_path, envs, total_timesteps, evaluate=lambda *_: [1.
     class IdleAgent(atari.Agent):
         def update(self, replay):
             kept["updates"] = kept.get("updates", 0) + 1
-            return torch.zeros(3)
+            return {}
 
         def reset(self):
             kept["resets"] = kept.get("resets", 0) + 1
@@ -315,7 +315,7 @@ def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(
 
     def update(self, replay):
         kept["updates"] += 1
-        return torch.zeros(3)
+        return {}
 
     def reset(self):
         assert kept["updates"] % 40_000 == 0
@@ -324,7 +324,7 @@ def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(
     monkeypatch.setattr(atari.Agent, "update", update)
     monkeypatch.setattr(atari.Agent, "reset", reset)
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
-    monkeypatch.setattr(atari, "evaluate", lambda network, env_id, args, video: [0.0])
+    monkeypatch.setattr(atari, "evaluate", lambda network, args, video: [0.0])
     flags = dict(device="cpu", run_dir=str(tmp_path), hidden_dim=4, log_interval=50_000)
     atari.run(atari.Args(replay_ratio=replay_ratio, checkpoint_interval=0, **flags))
     (path,) = tmp_path.glob("*/result.json")
@@ -394,7 +394,7 @@ def test_evaluation_plays_exactly_one_full_game_per_environment(monkeypatch):
     envs = ScriptedEnvs(games)
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     network, args = ScriptedNetwork(), atari.Args(eval_episodes=4, eval_epsilon=0.0)
-    returns = atari.evaluate(network, "Alien", args)
+    returns = atari.evaluate(network, args)
     assert returns == [2.0, 9.0, 5.0, 14.0]  # unclipped sums, in the environments' order
     assert network.head.training  # the noise is back
     assert envs.finished == [1, 1, 1, 1]
@@ -409,7 +409,7 @@ def test_evaluation_stacks_four_frames_and_zeroes_them_after_a_lost_life(monkeyp
     envs, network = ScriptedEnvs([[game]]), ScriptedNetwork()
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
     video = []
-    atari.evaluate(network, "Alien", atari.Args(eval_episodes=1, eval_epsilon=0.0), video)
+    atari.evaluate(network, atari.Args(eval_episodes=1, eval_epsilon=0.0), video)
     frames = [envs.log[0][1][0]] + [entry[2][0, 0] for entry in envs.log if entry[0] == "step"]
     assert len(network.shown) == len(video) == len(game)
     for t, shown in enumerate(network.shown):
@@ -423,7 +423,7 @@ def test_evaluation_stacks_four_frames_and_zeroes_them_after_a_lost_life(monkeyp
 def test_evaluation_explores_with_epsilon(monkeypatch):
     envs = ScriptedEnvs([[[(0, 2)] * 300 + [(0, 0)]]] * 20)
     monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
-    atari.evaluate(ScriptedNetwork(), "Alien", atari.Args(eval_episodes=20, eval_epsilon=0.3))
+    atari.evaluate(ScriptedNetwork(), atari.Args(eval_episodes=20, eval_epsilon=0.3))
     actions = np.concatenate([entry[1] for entry in envs.log if entry[0] == "step"])
     assert (
         abs((actions != 1).mean() - 0.3 * 2 / 3) < 0.02
@@ -440,7 +440,7 @@ def test_evaluation_seeds_are_not_the_runs_own(monkeypatch):
 
     monkeypatch.setattr(atari, "make_envs", make_envs)
     for seed in (0, 3):
-        atari.evaluate(ScriptedNetwork(), "Alien", atari.Args(seed=seed, eval_episodes=5))
+        atari.evaluate(ScriptedNetwork(), atari.Args(seed=seed, eval_episodes=5))
     assert seeds == [("Alien", 5, 10_000), ("Alien", 5, 40_000)]
 
 
@@ -453,7 +453,7 @@ def test_evaluation_on_real_games_equals_playing_them_one_by_one():
     probe = atari.make_envs("Alien", 1, 0)
     network = atari.QNetwork(int(probe.action_space.n), args)
     network.sample_noise(torch.Generator().manual_seed(0))  # which must not be heard
-    returns = atari.evaluate(network, "Alien", args)
+    returns = atari.evaluate(network, args)
     network.head.eval()
     one_by_one = []
     for i in range(3):

@@ -23,9 +23,14 @@ def test_the_best_action_is_written_where_reports_find_it(tmp_path, monkeypatch)
         5: [1.0, 1.0],
     }  # Pong has six
 
-    def evaluate(network, env_id, args):
+    def evaluate(network, args):
         """Return what a game pays, by the action that the network holds."""
-        assert (env_id, args.eval_episodes, args.eval_epsilon, args.seed) == ("Pong", 2, 0.25, 7)
+        assert (args.env_id, args.eval_episodes, args.eval_epsilon, args.seed) == (
+            "Pong",
+            2,
+            0.25,
+            7,
+        )
         values = network.q_values(network(torch.rand(5, 4, 84, 84)))
         (action,) = values.argmax(1).unique().tolist()
         assert values.shape == (5, 6)
@@ -55,7 +60,7 @@ def test_one_action_plays_whole_games():
     """Pong's opponent wins 21 to 0 against a paddle that does nothing."""
     args = constant_actions.Args(env_id="Pong", eval_episodes=1)
     still = constant_actions.ConstantAction(0, 6)
-    assert constant_actions.script.evaluate(still, args.env_id, args.settings) == [-21.0]
+    assert constant_actions.script.evaluate(still, args.settings) == [-21.0]
 
 
 def test_bad_flags_end_as_the_training_scripts_do(capsys):
