@@ -770,7 +770,7 @@ def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, C
     num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
     agent = Agent(num_actions, num_updates, args, generator)
     capacity = min(args.buffer_size, args.total_timesteps)  # a short run needs no more
-    replay = ReplayBuffer(capacity, args.n_step, args.gamma, torch.device(args.device))
+    replay = ReplayBuffer(capacity, args.n_step, args.gamma, generator.device)
     update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
     if args.cuda_graph and args.device == "cuda":
         changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
@@ -1057,13 +1057,15 @@ def remove_old_files(run_dir: Path) -> None:
 
 
 def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWriter:
-    """TensorBoard and, with --track, Weights & Biases."""
+    """TensorBoard and, with --track, Weights & Biases; an old run's files go with --overwrite."""
     if args.track:
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
         names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
         counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
+    if args.overwrite:  # now that nothing more can keep the new run from beginning
+        remove_old_files(run_dir)
     # purge_step hides from readers what a killed process logged after its last checkpoint.
     writer = SummaryWriter(str(run_dir), purge_step=counters.env_steps + 1)
     table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
@@ -1152,8 +1154,6 @@ def train(args: Args, run_dir: Path) -> None:
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
 
-    if args.overwrite:
-        remove_old_files(run_dir)
     writer = start_logging(args, run_dir, counters)
     size = f"{sum(w.numel() for w in agent.parameters):,} parameters"
     size += f", {agent.num_updates:,} updates, on {device_name(args)}"

@@ -312,6 +312,36 @@ def test_checkpoints_are_written_when_they_should_be(tmp_path, train, monkeypatc
     assert saved == steps
 
 
+def test_what_a_dead_process_logged_after_its_checkpoint_is_not_shown(tmp_path, train, monkeypatch):
+    writers, original = [], atari.SummaryWriter
+    keep = lambda *args, **flags: writers.append(original(*args, **flags)) or writers[-1]  # noqa: E731
+    monkeypatch.setattr(atari, "SummaryWriter", keep)
+    recording = Recording()
+    recording.at[57] = lambda: (writers[0].close(), 1 / 0)
+    flags = dict(checkpoint_interval=20, log_interval=1, metrics_interval=9, total_timesteps=80)
+    with pytest.raises(ZeroDivisionError):
+        train(recording, make_args(tmp_path, **flags))
+    assert scalars(tmp_path / "Alien__x__1")["losses/td_loss"][-1][0] == 56
+    recording = Recording()
+    recording.step_number = 60
+    train(recording, make_args(tmp_path, resume=True, **flags))
+    logged = scalars(tmp_path / "Alien__x__1")
+    assert [step for step, _ in logged["losses/td_loss"]] == list(range(20, 81))
+    assert [step for step, _ in logged["plasticity/active_units/head"]] == list(range(27, 81, 9))
+
+
+def test_a_file_takes_its_place_when_it_is_on_disk(tmp_path, monkeypatch):
+    path, order = tmp_path / "file", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: order.append("fsync") or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda *names: order.append("replace") or replace(*names))
+    atari.write_atomically(path, lambda file: order.append("write") or file.write(b"new"))
+    assert (path.read_bytes(), order) == (b"new", ["write", "fsync", "replace"])
+    with pytest.raises(ZeroDivisionError):
+        atari.write_atomically(path, lambda file: (file.write(b"half"), 1 / 0))
+    assert path.read_bytes() == b"new"
+
+
 def test_an_interrupted_evaluation_is_repeated_and_only_that(tmp_path, train, monkeypatch):
     evaluate = atari.evaluate
     monkeypatch.setattr(atari, "evaluate", lambda *_: 1 / 0)

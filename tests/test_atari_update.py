@@ -323,6 +323,22 @@ def test_acting_is_greedy_on_the_noisy_target_network():
     assert torch.equal(agent.act(obs), q.argmax(1))
 
 
+def test_observations_and_next_observations_are_augmented_apart(monkeypatch):
+    agent, replay, seen, original = make_agent(aug_shift=4), FixedReplay(), [], atari.augment
+    replay.batch = replay.batch._replace(next_obs=replay.batch.obs)
+    monkeypatch.setattr(atari, "augment", lambda *call: seen.append(original(*call)) or seen[-1])
+    agent.update(replay)
+    images, next_images = seen
+    assert not any(torch.equal(a, b) for a, b in zip(images, next_images, strict=True))
+
+
+def test_a_perfect_fit_does_not_take_a_transition_out_of_the_draw(monkeypatch):
+    agent, replay = make_agent(**PLAIN), FixedReplay()
+    monkeypatch.setattr(atari, "cross_entropy", lambda log_probs, *_: 0 * log_probs.sum((1, 2)))
+    agent.update(replay)
+    assert (replay.priorities > 0).all() and (replay.priorities < 1e-6).all()
+
+
 def test_every_update_draws_new_noise_for_both_networks():
     agent, replay = make_agent(), FixedReplay()
     seen = []
