@@ -1,56 +1,64 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1"]
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1",
+#     "filelock==4.3.1",
+# ]
 # ///
-r"""Input and label plasticity on CIFAR-10, in one file: all seeds and settings in one process, on a GPU in one kernel.
+r"""Input and label plasticity on CIFAR-10, in one file: all seeds and settings in one process.
 
-Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning" (NeurIPS 2023),
-section 3, Figures 2 (left) and 3, appendix A.2.
+Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning"
+(NeurIPS 2023), section 3, Figures 2 (left) and 3, appendix A.2.
 
-    python synth_cifar_plasticity.py --task input                                            # PLASTIC
-    python synth_cifar_plasticity.py --task label --exp-name base --no-layer-norm --no-crelu --sam-rho 0 \
-        --reset-interval 0                                                                    # base
-    python synth_cifar_plasticity.py --task label --learning-rate 0.1 0.01 0.001 --weight-decay 0.01 0.001   # a sweep
+PLASTIC, the base that it stands on, and a sweep of settings:
 
-Where it departs from the paper's text or fills it in (README.md compares paper, release and this file):
-- Learning rate and weight decay are swept there; one value of each by default here.  --learning-rate, --weight-decay
-- LayerNorm over channels and pixels of each sample, as released; the paper does not say.           --layer-norm-kind
-- CReLU in the fully connected layers alone, as in the other scripts; the next layer's fan-in doubles.  --crelu-scope
-- Minibatches are cut from shuffled epochs, so that every image is seen equally often; the paper draws at random.
-- Resets come before stages 10, 20, ...; the release's come after stages 0, 10, ...               --reset-interval
+    python synth_cifar_plasticity.py --task input
+    python synth_cifar_plasticity.py --task label --exp-name base --no-layer-norm --no-crelu \
+        --sam-rho 0 --reset-interval 0
+    python synth_cifar_plasticity.py --task label --exp-name sweep \
+        --learning-rate 0.1 0.01 0.001 --weight-decay 0.01 0.001
+
+Read seen_images and stage_labels first, which are the two tasks, then Replicas.update, which is
+SGD with SAM, then train, the loop around it.
+Network is backbone and head, with LayerNorm and CReLU. Replicas holds the networks of all seeds
+and settings, a row each. The other intervention is Replicas.reset_heads.
+Two clocks tick: gradient updates, and stages of 500 updates each. Resets count stages.
+
+Where it departs from the paper's text or fills it in (README.md has paper, release and this file):
+- The paper sweeps learning rate and weight decay; the default is one value of each
+  (--learning-rate, --weight-decay).
+- LayerNorm is over channels and pixels of each sample, as released; the paper does not say
+  (--layer-norm-kind).
+- CReLU is in the fully connected layers alone, as in the other scripts (--crelu-scope).
+- Minibatches are cut from shuffled epochs, so that each image is seen equally often; the paper
+  draws at random.
+- Resets come before stages 10, 20, ...; the release's come after stages 0, 10, ...
+  (--reset-interval).
 """
 
-import fcntl
-import hashlib
 import json
 import math
 import os
 import pickle
-import platform
 import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
-import threading
 import time
-import urllib.request
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
-from zipfile import ZipFile
+from tempfile import TemporaryDirectory
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -60,43 +68,48 @@ from tqdm import tqdm
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10's channels
-CHECKPOINT_VERSION = 1  # to be raised when what a checkpoint holds changes
+
+
+# --- Args -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
     """Input and label plasticity on CIFAR-10. The defaults are PLASTIC on the input task."""
 
-    # fmt: off
     # Run
-    task: Literal["input", "label"] = "input"  # what changes from stage to stage: more images, or other labels
+    task: Literal["input", "label"] = "input"  # more images with each stage, or other labels
     num_seeds: int = 30  # seeds, trained side by side
     first_seed: int = 1  # the seeds are first-seed, first-seed + 1, ...
     exp_name: str = "synth_cifar_plasticity"  # name of this setting, part of the run's directory
-    run_dir: Path = Path("runs")  # run directories are <run-dir>/<task>__<exp-name>__<first-seed>-<num-seeds>
-    data_dir: Path = Path("data")  # holds cifar-10-batches-py
+    # where run directories are made: <run-dir>/<task>__<exp-name>__<first-seed>-<num-seeds>
+    run_dir: str = "runs"
+    data_dir: str = "data"  # holds cifar-10-batches-py
     download: bool = True  # download CIFAR-10 (170 MB) where it is absent
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = CUDA where there is one
-    cuda_graph: bool = True  # run the update as a CUDA graph (without effect on the CPU)
+    cuda_graph: bool = True  # update as a CUDA graph (no effect on the CPU)
     torch_threads: int = 0  # PyTorch's CPU threads (0 = its own choice, at most 8)
-    resume: bool = False  # continue an unfinished run, start where there is none, leave a finished one as it is
-    checkpoint_interval: Literal["auto"] | int = "auto"  # updates between checkpoints (auto = 5 minutes, 0 = off)
+    resume: bool = False  # continue an unfinished run, begin a new one, leave a finished one alone
+    # updates between checkpoints (auto = 5 minutes, 0 = off)
+    checkpoint_interval: Literal["auto"] | int = "auto"
     overwrite: bool = False  # replace a run of the same name, finished or not
 
     # Training (section 3, appendix A.2)
     num_stages: int = 100  # stages of the task
     updates_per_stage: int = 500  # gradient updates in each
     batch_size: int = 128  # images per update
-    learning_rate: tuple[float, ...] = (0.01,)  # of SGD; with several, every pair with --weight-decay is trained
+    learning_rate: tuple[float, ...] = (0.01,)  # of SGD; every pair with --weight-decay is trained
     weight_decay: tuple[float, ...] = (0.001,)  # of SGD
     momentum: float = 0.9  # of SGD
     conv_strides: tuple[int, int, int] = (3, 3, 1)  # of the three convolutions (released: 3 1 1)
-    label_change: Literal["permute", "cyclic"] = "permute"  # new labels at each stage: a permutation, or y + stage
+    # new labels at each stage: a random permutation of the classes, or y + stage modulo 10
+    label_change: Literal["permute", "cyclic"] = "permute"
 
     # Plasticity interventions
     layer_norm: bool = True  # LayerNorm after each convolution
     layer_norm_scope: Literal["backbone", "all"] = "backbone"  # all = the head's hidden layers too
-    layer_norm_kind: Literal["sample", "pixel"] = "sample"  # over channels and pixels, or over the channels of a pixel
+    # sample = over channels and pixels of a sample, pixel = over the channels at each pixel
+    layer_norm_kind: Literal["sample", "pixel"] = "sample"
     crelu: bool = True  # concatenated ReLU
     crelu_scope: Literal["head", "all"] = "head"  # all = the backbone's layers too
     sam_rho: float = 0.1  # radius of the SAM perturbation (0 = off)
@@ -108,14 +121,56 @@ class Args:
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "plastic"  # project at Weights & Biases
     wandb_entity: str | None = None  # team at Weights & Biases
-    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Check the flags and resolve `auto`. tyro prints a ValueError and ends with code 2."""
+        tiny, huge = 1e-12, 10**9
+        for lowest, highest, names in (
+            (0, 1, "momentum"),
+            (0, 1024, "torch_threads"),
+            (0, huge, "first_seed weight_decay sam_rho reset_interval"),
+            (0, huge, "checkpoint_interval metrics_interval"),
+            (tiny, huge, "learning_rate"),
+            (1, 10, "conv_strides"),
+            (1, 50_000, "num_stages"),  # of one training image at least
+            (1, huge, "num_seeds updates_per_stage batch_size log_interval"),
+        ):
+            for name in names.split():
+                flag, values = f"--{name.replace('_', '-')}", getattr(self, name)
+                for value in values if isinstance(values, tuple) else (values,):
+                    if value != "auto" and not lowest <= value <= highest:  # nan is in no range
+                        limits = f"from {lowest:,} to {highest:,}"
+                        raise ValueError(f"{flag} must be {limits}, not {value}")
+        for flag, values in (
+            ("--learning-rate", self.learning_rate),
+            ("--weight-decay", self.weight_decay),
+        ):
+            if not values or len({f"{value:g}" for value in values}) < len(values):
+                raise ValueError(f"{flag} needs one value, or several different ones")
+        size = 32
+        for stride in self.conv_strides:
+            size = (size - 3) // stride + 1  # 32, 10, 3, 1 with strides 3, 3, 1
+        if size < 1:
+            raise ValueError(f"--conv-strides {self.conv_strides} leave no pixel")
+        if "/" in self.exp_name or self.exp_name in ("", ".", ".."):
+            raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
+        if self.track and find_spec("wandb") is None:
+            raise ValueError("--track needs Weights & Biases: pip install wandb")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch finds no CUDA device")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.torch_threads == 0:
+            self.torch_threads = min(torch.get_num_threads(), 8)
 
 
 # --- Data and tasks -------------------------------------------------------------------------------
 
 
-class PlainArray:
-    """What a pickle gets instead of NumPy's array and dtype: it keeps the state that it is given, nothing more."""
+class PlainObject:
+    """Stands in for every class and function that a pickle names: it only keeps its state."""
 
     def __init__(self, *arguments: object) -> None:
         self.state: tuple = ()
@@ -125,115 +180,86 @@ class PlainArray:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Admits plain containers, and arrays as PlainArray: a crafted file gets an error, none of its code runs."""
+    """Reads numbers, strings and plain containers: a crafted file runs no code."""
 
-    def find_class(self, module: str, name: str) -> object:
-        module = module.replace("numpy.core", "numpy._core")  # as NumPy 1 wrote it
-        if (module, name) == (
-            "_codecs",
-            "encode",
-        ):  # how Python 3 writes bytes in Python 2's protocols
-            return lambda text, encoding: text.encode("latin1")
-        if f"{module}.{name}" in (
-            "numpy._core.multiarray._reconstruct",
-            "numpy.ndarray",
-            "numpy.dtype",
-        ):
-            return PlainArray
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+    def find_class(self, module: str, name: str) -> type:
+        return PlainObject
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """One file of cifar-10-batches-py: images, uint8 [N, 3, 32, 32], and labels, int64 [N] in 0..9."""
+    """A file of cifar-10-batches-py: images, uint8 [N, 3, 32, 32], and labels 0 to 9, int64 [N]."""
     try:
         with open(path, "rb") as file:
             batch = PlainUnpickler(file, encoding="bytes").load()
-        labels, (_, shape, _, fortran_order, data) = list(batch[b"labels"]), batch[b"data"].state
-        if not labels or not all(type(label) is int and 0 <= label < 10 for label in labels):
-            raise ValueError("labels")
-        if shape != (len(labels), 3072) or fortran_order or len(data) != 3072 * len(labels):
-            raise ValueError("shape or type of the images")
-        return np.frombuffer(bytearray(data), np.uint8).reshape(-1, 3, 32, 32), np.array(labels)
-    except OSError as error:
-        fail(
-            f"{path}: {error.strerror}; see --data-dir, or delete {path.parent} to download CIFAR-10 anew",
-            1,
-        )
-    except Exception as error:  # such a file can raise anything
-        fail(
-            f"{path}: not a file of cifar-10-batches-py ({error}); delete {path.parent} to download CIFAR-10 anew",
-            1,
-        )
+        # How NumPy pickles an array: version, shape, type, order, bytes.
+        *_, by_columns, data = batch[b"data"].state
+        labels = np.array(batch[b"labels"], np.int64)
+        images = np.frombuffer(bytearray(data), np.uint8).reshape(len(labels), 3, 32, 32)
+        if by_columns or labels.min() < 0 or labels.max() > 9:
+            raise ValueError
+        return images, labels
+    except OSError:
+        raise
+    except Exception as error:  # a foreign file can raise anything
+        problem = f"not a file of cifar-10-batches-py ({type(error).__name__})"
+        sys.exit(f"error: {path}: {problem}; delete {path.parent} to download CIFAR-10 anew")
 
 
-def download(data_dir: Path) -> None:
-    """CIFAR-10 from its home page, checked by SHA-256; its directory appears when it is whole."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
-        archive, digest = Path(temporary) / "archive.tar.gz", hashlib.sha256()
-        try:
-            with urllib.request.urlopen(URL, timeout=60) as response, open(archive, "wb") as file:
-                size = int(response.headers.get("Content-Length", 0))
-                with tqdm(
-                    total=size, desc="CIFAR-10", unit="B", unit_scale=True, disable=None
-                ) as progress:
-                    while part := response.read(2**20):
-                        digest.update(part)
-                        file.write(part)
-                        progress.update(len(part))
-        except (OSError, HTTPException) as error:
-            fail(
-                f"{URL}: {error}; try again, or put cifar-10-batches-py into --data-dir yourself", 1
-            )
-        if digest.hexdigest() != SHA256:
-            fail(
-                f"{URL}: the checksum is wrong; try again, or put cifar-10-batches-py into --data-dir yourself",
-                1,
-            )
+def download(directory: Path) -> None:
+    """CIFAR-10 from its home page, checked by SHA-256; `directory` appears when it is whole."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes that need the images, the first one downloads them.
+    with FileLock(f"{directory}.lock"), TemporaryDirectory(dir=directory.parent) as temporary:
+        if directory.exists():
+            return
+        archive = f"{temporary}/cifar-10-python.tar.gz"
+        torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
         with tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")
-        try:
-            os.replace(Path(temporary) / "cifar-10-batches-py", data_dir / "cifar-10-batches-py")
-        except OSError:  # another process may have been faster
-            if not (data_dir / "cifar-10-batches-py").exists():
-                raise
+        os.replace(f"{temporary}/cifar-10-batches-py", directory)
 
 
 def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
     """Training images and labels, test images and labels."""
-    directory = args.data_dir / "cifar-10-batches-py"
+    directory = Path(args.data_dir) / "cifar-10-batches-py"
     if not directory.exists():
         if not args.download:
-            fail(f"{directory} does not exist; pass --download, or another --data-dir", 1)
-        download(args.data_dir)
+            sys.exit(f"error: {directory} is not there; pass --download, or another --data-dir")
+        download(directory)
     training = [read_batch(directory / f"data_batch_{i}") for i in range(1, 6)]
     images, labels = (np.concatenate(parts) for parts in zip(*training, strict=True))
     return images, labels, *read_batch(directory / "test_batch")
 
 
-ORDER, BATCHES, LABELS, RESETS, MEASURED = range(5)  # each seed's streams of random numbers
+# Each seed's streams of random numbers: what is drawn follows from seed, stream and stage alone.
+ORDER, BATCHES, LABELS, RESETS, MEASURED = range(5)
 
 
 def seen_images(seed: int, stage: int, num_images: int, args: Args) -> np.ndarray:
-    """Indices of the images that a stage trains on: the first chunks of the seed's order, or all (section 3)."""
+    """Indices of the images that a stage trains on (section 3).
+
+    On the input task these are the first chunks of the seed's order: of 50,000 images in 100
+    stages, 500 in stage 0, 1,000 in stage 1. On the label task they are all images.
+    """
     order = np.random.default_rng([seed, ORDER]).permutation(num_images)
-    # What is left over by equal chunks is not used.
-    return order[: (stage + 1) * (num_images // args.num_stages)] if args.task == "input" else order
+    chunk = num_images // args.num_stages  # what equal chunks leave over is not used
+    return order[: (stage + 1) * chunk] if args.task == "input" else order
 
 
 def stage_batches(seed: int, stage: int, num_images: int, args: Args) -> np.ndarray:
-    """A stage's minibatches: indices [updates, batch], cut from a stream of shuffled epochs."""
-    rng, seen = (
-        np.random.default_rng([seed, BATCHES, stage]),
-        seen_images(seed, stage, num_images, args),
-    )
+    """A stage's minibatches, cut from a stream of shuffled epochs: indices [updates, batch].
+
+    Of images 0, 1, 2 and batches of 2: epochs 2 0 1 and 1 2 0 give (2, 0), (1, 1), (2, 0).
+    """
+    rng = np.random.default_rng([seed, BATCHES, stage])
+    seen = seen_images(seed, stage, num_images, args)
     needed = args.updates_per_stage * args.batch_size
     epochs = [rng.permutation(seen) for _ in range(math.ceil(needed / len(seen)))]
     return np.concatenate(epochs)[:needed].reshape(args.updates_per_stage, args.batch_size)
 
 
 def stage_labels(seed: int, stage: int, args: Args) -> np.ndarray:
-    """The label of each class in a stage, [10] (section 3)."""
+    """The label of each class in a stage, int64 [10] (section 3)."""
     if args.task == "input":
         return np.arange(10)
     if args.label_change == "cyclic":
@@ -245,14 +271,15 @@ def stage_labels(seed: int, stage: int, args: Args) -> np.ndarray:
 
 
 class SampleLayerNorm(nn.Module):
-    """LayerNorm over all channels and pixels of a sample, scale and shift by channel: [B, C, H, W] -> the same."""
+    """LayerNorm over all channels and pixels of a sample: [B, C, H, W] -> [B, C, H, W].
+
+    Scale and shift are by channel, as released (GroupNorm with one group).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.ones(channels)),
-            nn.Parameter(torch.zeros(channels)),
-        )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[1:], eps=1e-6)
@@ -277,23 +304,25 @@ class CReLU(nn.Module):
 
 
 class Network(nn.Module):
-    """Three convolutions (32, 64, 64 channels) and three fully connected layers (512, 128, 10) (section 3)."""
+    """Three convolutions (32, 64, 64 channels), three fully connected layers (512, 128, 10)."""
 
     def __init__(self, args: Args) -> None:
         super().__init__()
         norm = SampleLayerNorm if args.layer_norm_kind == "sample" else PixelLayerNorm
         crelu = args.crelu and args.crelu_scope == "all"
         layers: list[nn.Module] = []
-        size, in_channels = 32, 3
+        in_channels = 3
         for channels, stride in zip((32, 64, 64), args.conv_strides, strict=True):
             layers.append(nn.Conv2d(in_channels, channels, 3, stride))
             if args.layer_norm:
                 layers.append(norm(channels))
             layers.append(CReLU() if crelu else nn.ReLU())
+            # CReLU doubles what the layer gives out, so the next fan-in doubles; the width stays.
             in_channels = channels * (2 if crelu else 1)
-            size = (size - 3) // stride + 1
         self.backbone = nn.Sequential(*layers, nn.Flatten())
-        layers, in_features = [], in_channels * size**2
+
+        layers = []
+        in_features = self.backbone(torch.zeros(1, 3, 32, 32)).shape[1]
         for features in (512, 128):
             layers.append(nn.Linear(in_features, features))
             if args.layer_norm and args.layer_norm_scope == "all":
@@ -310,82 +339,77 @@ class Network(nn.Module):
 # --- Update ---------------------------------------------------------------------------------------
 
 
-class Replicas:
-    """All replicas: every pair of learning rate and weight decay times every seed.
+def sam_weights(weights: Tensor, gradient: Tensor, rho: float) -> Tensor:
+    """SAM's w + rho * g / ||g||, each replica by its own norm: [G, P], [G, P] -> [G, P] (B.1)."""
+    norm = gradient.norm(dim=1, keepdim=True)
+    return weights + rho / (norm + 1e-12) * gradient
 
-    Replica r is setting r // S, seed r % S, and a row of `weights` and `momentum` [R, P] holds all its parameters; what
-    one replica does, no other one feels. On a GPU all replicas share each kernel; on a CPU, which small kernels keep
-    busy, they take turns. `position` is the next update of the stage, `skipped` [R] counts each replica's updates that
-    were left out for numbers that are not finite; all of it lies on the device and stays where it is.
+
+class Replicas:
+    """All replicas: every pair of learning rate and weight decay times each of the S seeds.
+
+    Replica r has setting r // S and seed r % S: of 3 seeds, replica 4 has setting 1 and seed 1. A
+    row of `weights` and of `momentum`, [R, P], is all of a replica's network, the head last. What
+    one replica does, no other one feels: one that diverges stays nan, and the others go on.
+
+    On a GPU all replicas share each kernel. On a CPU, which one small network keeps busy, they take
+    turns. update() has no .item(), and changes tensors in place: a CUDA graph can replay it.
     """
 
     def __init__(self, args: Args, data: tuple[np.ndarray, ...], device: torch.device) -> None:
         self.args, self.device = args, device
         self.images, self.labels, self.test_images, self.test_labels = (
-            torch.from_numpy(x).to(device) for x in data
+            torch.from_numpy(array).to(device) for array in data
         )
-        self.fingerprint = zlib.crc32(b"".join(x.tobytes() for x in data))  # which images these are
-        self.mean, self.std = (
-            255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD)
-        )
+        self.mean = 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(STD, device=device).view(3, 1, 1)
 
         self.seeds = [args.first_seed + i for i in range(args.num_seeds)]
         self.settings = [(lr, decay) for lr in args.learning_rate for decay in args.weight_decay]
         settings = torch.tensor(self.settings, device=device).repeat_interleave(args.num_seeds, 0)
-        self.learning_rate, self.weight_decay = settings[:, :1], settings[:, 1:]
+        self.learning_rate, self.weight_decay = settings[:, :1], settings[:, 1:]  # [R, 1] each
         num_replicas = len(settings)
         self.seed_index = torch.arange(num_replicas, device=device) % args.num_seeds
-        self.groups = (
-            [slice(r, r + 1) for r in range(num_replicas)]
-            if device.type == "cpu"
-            else [slice(num_replicas)]
-        )
+        # Replicas that share each kernel.
+        self.groups = [slice(num_replicas)]
+        if device.type == "cpu":
+            self.groups = [slice(r, r + 1) for r in range(num_replicas)]
 
-        with torch.device("meta"):  # its shape; the parameters come from `weights`
+        with torch.device("meta"):  # its structure alone: the parameters come from `weights`
             self.network = Network(args)
         self.shapes = {name: w.shape for name, w in self.network.named_parameters()}
-        self.head_start = sum(
-            w.numel() for w in self.network.backbone.parameters()
-        )  # the head's columns are the last
+        self.head_start = sum(w.numel() for w in self.network.backbone.parameters())
         self.vmapped_network = vmap(
             lambda parameters, images: functional_call(self.network, parameters, (images,))
         )
         self.weights = self.initial_weights(self.seeds)
         self.momentum = torch.zeros_like(self.weights)
-        self.skipped = torch.zeros(num_replicas, dtype=torch.int64, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.batches = torch.zeros(
-            (args.updates_per_stage, args.num_seeds, args.batch_size), dtype=torch.int64
-        )
-        self.batches = self.batches.to(device)
+        self.updates = torch.zeros(1, dtype=torch.int64, device=device)  # made so far
+
+        # The stage's minibatches as indices of images, and the label of each class, by seed.
+        shape = (args.updates_per_stage, args.num_seeds, args.batch_size)
+        self.batches = torch.zeros(shape, dtype=torch.int64, device=device)
         self.class_labels = torch.zeros((args.num_seeds, 10), dtype=torch.int64, device=device)
 
     def initial_weights(self, seeds: list[int]) -> Tensor:
-        """Newly initialised weights, drawn from these seeds [S], the same for every setting: [R, P]."""
+        """Fresh weights drawn from seeds [S], the same for every setting: [R, P]."""
         rows = []
-        for seed in seeds:
+        for seed in seeds:  # on the CPU, so that a GPU begins with the same
             torch.manual_seed(seed)
             rows.append(parameters_to_vector(Network(self.args).parameters()).detach())
         return torch.stack(rows).repeat(len(self.settings), 1).to(self.device)
 
-    def start_stage(self, stage: int, position: int = 0) -> None:
-        """Draw the stage's minibatches and labels, all a function of seed and stage; go on at update `position`."""
+    def start_stage(self, stage: int) -> None:
+        """Draw the stage's minibatches and labels."""
         args, num_images = self.args, len(self.images)
-        batches = np.stack(
-            [stage_batches(seed, stage, num_images, args) for seed in self.seeds], axis=1
-        )
-        self.batches.copy_(torch.from_numpy(batches))
-        self.class_labels.copy_(
-            torch.from_numpy(np.stack([stage_labels(seed, stage, args) for seed in self.seeds]))
-        )
-        self.position.fill_(position)
+        batches = [stage_batches(seed, stage, num_images, args) for seed in self.seeds]
+        self.batches.copy_(torch.from_numpy(np.stack(batches, axis=1)))
+        class_labels = [stage_labels(seed, stage, args) for seed in self.seeds]
+        self.class_labels.copy_(torch.from_numpy(np.stack(class_labels)))
 
-    @torch.no_grad()
     def reset_heads(self, stage: int) -> None:
-        """Re-initialise the fully connected layers and clear their momentum; in place (section 3)."""
-        seeds = [
-            int(np.random.default_rng([seed, RESETS, stage]).integers(2**63)) for seed in self.seeds
-        ]
+        """Fresh fully connected layers, and no momentum there; in place (section 3)."""
+        seeds = [int(np.random.default_rng([s, RESETS, stage]).integers(2**63)) for s in self.seeds]
         self.weights[:, self.head_start :] = self.initial_weights(seeds)[:, self.head_start :]
         self.momentum[:, self.head_start :] = 0
 
@@ -393,50 +417,43 @@ class Replicas:
         """uint8 [..., 3, 32, 32] -> float32."""
         return (images - self.mean) / self.std
 
+    def next_batch(self, group: slice) -> tuple[Tensor, Tensor]:
+        """A minibatch for each replica: images, float32 [G, B, 3, 32, 32], and labels, [G, B]."""
+        seeds = self.seed_index[group]
+        # With 500 updates a stage, after 501 the second minibatch of stage 1 is next.
+        index = self.batches[self.updates % len(self.batches), seeds]  # [G, B]
+        labels = self.class_labels[seeds].gather(1, self.labels[index])
+        return self.standardise(self.images[index]), labels
+
     def forward(self, weights: Tensor, images: Tensor) -> Tensor:
-        """Logits of G replicas, each on images of its own: [G, P], [G, B, 3, 32, 32] -> [G, B, 10]."""
+        """Each replica's logits, of its own images: [G, P], [G, B, 3, 32, 32] -> [G, B, 10]."""
         parts = weights.split([shape.numel() for shape in self.shapes.values()], dim=1)
         parameters = {
-            k: part.view(-1, *shape)
-            for (k, shape), part in zip(self.shapes.items(), parts, strict=True)
+            name: part.view(-1, *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
-        if len(weights) == 1:  # vmap would take a quarter more time on a CPU
-            return functional_call(
-                self.network, {k: w[0] for k, w in parameters.items()}, (images[0],)
-            )[None]
-        return self.vmapped_network(parameters, images)
+        if len(weights) > 1:
+            return self.vmapped_network(parameters, images)
+        # vmap would take a quarter more time on a CPU.
+        alone = {name: w[0] for name, w in parameters.items()}
+        return functional_call(self.network, alone, (images[0],))[None]
 
     def gradient(self, weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of each replica, [G], and its gradient, [G, P]."""
         weights = weights.detach().requires_grad_()
         logits = self.forward(weights, images)
-        losses = (
-            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-            .view(labels.shape)
-            .mean(1)
-        )
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = losses.view(labels.shape).mean(1)
+        # No loss depends on another replica's weights: the sum's gradient is each one's own.
         return losses.detach(), torch.autograd.grad(losses.sum(), weights)[0]
-
-    def next_batch(self, group: slice) -> tuple[Tensor, Tensor]:
-        """The minibatch of each replica: standardised images [G, B, 3, 32, 32] and labels [G, B]."""
-        seeds = self.seed_index[group]
-        index = self.batches[self.position % len(self.batches), seeds]  # capture() runs ahead
-        return self.standardise(self.images[index]), self.class_labels[seeds].gather(
-            1, self.labels[index]
-        )
 
     @torch.no_grad()
     def sgd(self, group: slice, gradient: Tensor) -> None:
-        """SGD with momentum and weight decay, in place; a replica that would become infinite or nan stays as it is."""
+        """m <- mu * m + g + lambda * w, then w <- w - eta * m, in place."""
         w, m = self.weights[group], self.momentum[group]
-        new_m = gradient.add(m, alpha=self.args.momentum).addcmul_(
-            self.weight_decay[group], w
-        )  # mu m + g + lambda w
-        new_w = torch.addcmul(w, self.learning_rate[group], new_m, value=-1)  # w - eta m
-        finite = new_w.norm(dim=1, keepdim=True).isfinite()
-        torch.where(finite, new_m, m, out=m)
-        torch.where(finite, new_w, w, out=w)
-        self.skipped[group] += ~finite[:, 0]
+        torch.add(gradient, m, alpha=self.args.momentum, out=m)
+        m.addcmul_(self.weight_decay[group], w)
+        w.addcmul_(self.learning_rate[group], m, value=-1)
 
     def update(self) -> Tensor:
         """One gradient update of every replica. Returns the losses, [R]."""
@@ -445,46 +462,21 @@ class Replicas:
             images, labels = self.next_batch(group)
             weights = self.weights[group]
             loss, gradient = self.gradient(weights, images, labels)
-            if (
-                self.args.sam_rho > 0
-            ):  # SAM applies the gradient at w + rho g / |g|, each replica with its own norm
-                distance = self.args.sam_rho / (gradient.norm(dim=1, keepdim=True) + 1e-12)
-                _, gradient = self.gradient(weights + distance * gradient, images, labels)
+            if self.args.sam_rho > 0:  # the gradient at w + rho * g / ||g||, the step from w
+                perturbed = sam_weights(weights, gradient, self.args.sam_rho)
+                _, gradient = self.gradient(perturbed, images, labels)
             self.sgd(group, gradient)
             losses.append(loss)
-        self.position += 1
+        self.updates.add_(1)
         return torch.cat(losses)
 
-    @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor, index: Tensor) -> list[float]:
-        """Share of images `index` [S, N] whose label in this stage is predicted, of each replica."""
-        correct = torch.zeros(len(self.weights), dtype=torch.int64, device=self.device)
-        for group in self.groups:
-            seeds = self.seed_index[group]
-            for part in index[seeds].split(self.args.batch_size, dim=1):
-                predicted = self.forward(
-                    self.weights[group], self.standardise(images[part])
-                ).argmax(2)
-                correct[group] += (
-                    predicted == self.class_labels[seeds].gather(1, labels[part])
-                ).sum(1)
-        return (correct.double() / index.shape[1]).tolist()
-
-    def evaluate(self, stage: int) -> tuple[list[float], list[float]]:
-        """Accuracy of each replica on images that the stage trains on, 10,000 at most, and on the test images."""
-        some = []
-        for seed in self.seeds:
-            seen = seen_images(seed, stage, len(self.images), self.args)
-            some.append(np.random.default_rng([seed, MEASURED, stage]).permutation(seen)[:10_000])
-        train = self.accuracy(
-            self.images, self.labels, torch.from_numpy(np.stack(some)).to(self.device)
-        )
-        every = torch.arange(len(self.test_images), device=self.device).expand(len(self.seeds), -1)
-        return train, self.accuracy(self.test_images, self.test_labels, every)
+    def diverged(self) -> Tensor:
+        """Replicas with weights that are infinite or nan: bool [R]."""
+        return ~self.weights.isfinite().all(1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that update() changes in place, but for the position in the stage."""
-        return {"weights": self.weights, "momentum": self.momentum, "skipped": self.skipped}
+        """What update() and reset_heads() change in place."""
+        return {"weights": self.weights, "momentum": self.momentum, "updates": self.updates}
 
 
 def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
@@ -517,6 +509,91 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
         return output
 
     return run_graph
+
+
+def make_replicas(args: Args, data: tuple[np.ndarray, ...]) -> tuple[Replicas, Callable]:
+    """The replicas, and update() on them: on a GPU as a CUDA graph."""
+    replicas = Replicas(args, data, torch.device(args.device))
+    update = replicas.update
+    if args.cuda_graph and args.device == "cuda":
+        update = capture(update, list(replicas.tensors().values()))
+    return replicas, update
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accuracy(replicas: Replicas, images: Tensor, labels: Tensor, index: Tensor) -> list[float]:
+    """Share of images `index` [S, N] whose label in this stage each replica predicts, by replica.
+
+    nan for a replica that has diverged.
+    """
+    shares = []
+    for group in replicas.groups:
+        seeds = replicas.seed_index[group]
+        correct = 0
+        for part in index[seeds].split(replicas.args.batch_size, dim=1):
+            logits = replicas.forward(replicas.weights[group], replicas.standardise(images[part]))
+            true_labels = replicas.class_labels[seeds].gather(1, labels[part])
+            correct += (logits.argmax(2) == true_labels).sum(1)
+        shares.append(correct.double() / index.shape[1])
+    return torch.cat(shares).masked_fill(replicas.diverged(), math.nan).tolist()
+
+
+def evaluate(replicas: Replicas, stage: int) -> dict[str, list[float]]:
+    """Accuracy by replica on 10,000 images of the stage, at most, and on the test images."""
+    seen = []
+    for seed in replicas.seeds:
+        images = seen_images(seed, stage, len(replicas.images), replicas.args)
+        rng = np.random.default_rng([seed, MEASURED, stage])
+        seen.append(rng.permutation(images)[:10_000])
+    train_index = torch.from_numpy(np.stack(seen)).to(replicas.device)
+    test_index = torch.arange(len(replicas.test_images), device=replicas.device)
+    test_index = test_index.expand(len(replicas.seeds), -1)
+    return {
+        "train_accuracy": accuracy(replicas, replicas.images, replicas.labels, train_index),
+        "test_accuracy": accuracy(replicas, replicas.test_images, replicas.test_labels, test_index),
+    }
+
+
+def bootstrap_interval(values: np.ndarray) -> list[float] | None:
+    """95% interval of the mean over seeds, [N] -> [low, high], by the percentile bootstrap.
+
+    None for one seed.
+    """
+    if len(values) < 2:
+        return None
+    samples = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    return np.percentile(samples.mean(1), [2.5, 97.5]).tolist()
+
+
+def summarise(
+    settings: list[tuple[float, float]],
+    train_accuracy: list[list[float]],
+    test_accuracy: list[list[float]],
+    metrics: list[dict],
+) -> list[dict]:
+    """What result.json says of each setting: accuracies and metrics by seed, means, intervals.
+
+    From [stages][replicas], and metrics by replica: with 2 settings and 3 seeds, replicas 3, 4, 5
+    are the second setting's.
+    """
+    sweep = []
+    num_seeds = len(test_accuracy[0]) // len(settings)
+    for i, (learning_rate, weight_decay) in enumerate(settings):
+        own = slice(i * num_seeds, (i + 1) * num_seeds)
+        train, test = np.array(train_accuracy)[:, own].T, np.array(test_accuracy)[:, own].T
+        result: dict = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        for name, values in (("final_accuracy", test[:, -1]), ("mean_accuracy", test.mean(1))):
+            result |= {name: values.tolist(), f"{name}_mean": float(values.mean())}
+            result[f"{name}_interval"] = bootstrap_interval(values)
+        result |= {"test_accuracy": test.tolist(), "train_accuracy": train.tolist()}
+        result["metrics"] = [
+            {name: x if name == "stage" else x[own] for name, x in one.items()} for one in metrics
+        ]
+        sweep.append(result)
+    return sweep
 
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -580,26 +657,26 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     return float(ritz_values[-1])
 
 
-def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float | None]]:
-    """Active units on 512 images that the stage trains on, sharpness on 32 of them: {name: [R]}, None for nan."""
-    metrics: dict[str, list[float | None]] = {}
+def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float]]:
+    """Active units on 512 images of the stage's minibatches, sharpness on 32 of them: {name: [R]}.
+
+    nan for a replica that has diverged.
+    """
+    metrics: dict[str, list[float]] = {}
     network = Network(replicas.args).to(replicas.device)
-    for seed, weights in zip(replicas.seed_index.tolist(), replicas.weights, strict=True):
-        vector_to_parameters(weights, network.parameters())
+    parameters, diverged = list(network.parameters()), replicas.diverged().tolist()
+    for r, seed in enumerate(replicas.seed_index.tolist()):
+        vector_to_parameters(replicas.weights[r], parameters)
         index = replicas.batches[:, seed].flatten()[:512]
         images = replicas.standardise(replicas.images[index])
         labels = replicas.class_labels[seed, replicas.labels[index[:32]]]
-        values = {
-            f"active_units/{k}": v
-            for k, v in active_units(network, partial(network, images)).items()
-        }
+        units = active_units(network, partial(network, images))
+        values = {f"active_units/{name}": share for name, share in units.items()}
         generator = Generator(replicas.device).manual_seed(stage)
         loss = F.cross_entropy(network(images[:32]), labels)
-        values["hessian_max_eigenvalue"] = max_eigenvalue(
-            loss, list(network.parameters()), generator
-        )
+        values["hessian_max_eigenvalue"] = max_eigenvalue(loss, parameters, generator)
         for name, value in values.items():
-            metrics.setdefault(name, []).append(value if math.isfinite(value) else None)
+            metrics.setdefault(name, []).append(math.nan if diverged[r] else value)
     return metrics
 
 
@@ -607,27 +684,25 @@ def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float |
 
 # Flags that may differ when a run is continued.
 MAY_CHANGE = set(
-    "run_dir data_dir download device cuda_graph torch_threads resume checkpoint_interval overwrite log_interval track "
-    "wandb_project_name wandb_entity".split()
+    "run_dir data_dir download device cuda_graph torch_threads resume checkpoint_interval "
+    "overwrite log_interval track wandb_project_name wandb_entity".split()
 )
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """End with one line on stderr: code 2 for a flag that makes no sense, 1 for a machine or file that cannot."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
+@dataclass
+class Counters:
+    """Where a run stands; its result.json will have all of it, the lists sorted by setting."""
 
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether this is one of PyTorch's ways to say that memory ran out."""
-    phrases = (
-        "can't allocate memory",
-        "could not allocate memory",
-        "unable to mmap",
-        "could not create a primitive",
-    )
-    said = any(phrase in str(error).lower() for phrase in phrases)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
+    gradient_updates: int = 0
+    train_accuracy: list[list[float]] = field(default_factory=list)  # [stages so far][replicas]
+    test_accuracy: list[list[float]] = field(default_factory=list)  # the same
+    metrics: list[dict] = field(default_factory=list)  # a stage's, by replica
+    training_seconds: float = 0.0  # of updates, and of drawing their minibatches
+    wall_clock_seconds: float = 0.0  # of all, evaluations included
+    resumed_at: list[int] = field(default_factory=list)  # updates after which it was continued
+    data: int | None = None  # CRC-32 of images and labels
+    git_commit: str | None = None  # of the newest process
+    wandb_id: str | None = None
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -644,225 +719,45 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     os.replace(temporary, path)
 
 
-@dataclass
-class Counters:
-    """Where a run stands. `train_accuracy` and `test_accuracy`: [stages done][replicas]; `metrics`: of some stages."""
-
-    updates: int = 0
-    train_accuracy: list[list[float]] = field(default_factory=list)
-    test_accuracy: list[list[float]] = field(default_factory=list)
-    metrics: list[dict] = field(default_factory=list)
-    seconds: float = 0.0
-    measuring_seconds: float = 0.0  # of them in evaluations and metrics
-    resumed_at: list[int] = field(default_factory=list)  # updates after which the run was continued
-    wandb_id: str | None = None
-
-
-class Stop:
-    """SIGTERM and SIGINT: noted, so that a run can end between two steps, or obeyed at once where nothing is lost."""
-
-    def __init__(self) -> None:
-        self.signum, self.at_once, self.leaving, self.hint = 0, True, False, ""
-
-    def request(self, signum: int, frame: object = None) -> None:
-        """The signals' handler. The first one counts."""
-        self.signum = self.signum or signum
-        self.obey(self.at_once)
-
-    def obey(self, at_once: bool) -> None:
-        """From now on at once or not; if a signal has come and it is at once: end with code 143 or 130."""
-        self.at_once = at_once
-        if self.signum and at_once and not self.leaving:
-            self.leaving = True
-            fail(f"stopped by {signal.Signals(self.signum).name}{self.hint}", 128 + self.signum)
-
-
-@contextmanager
-def lock_directory(run_dir: Path) -> Iterator[None]:
-    """Make the directory and keep other processes out (a dead one holds no lock); leave no empty directory behind."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{run_dir}: another process is at work there", 1)
-        except OSError:
-            print(
-                f"warning: {run_dir}: no locks on this file system; start no second process there",
-                file=sys.stderr,
-            )
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # somebody may have deleted the directory
-                if [path.name for path in run_dir.iterdir()] == [".lock"]:
-                    (run_dir / ".lock").unlink()
-                    run_dir.rmdir()
-
-
-def compare_flags(flags: dict, saved: dict, path: Path) -> None:
-    """End with one line if the run that `path` belongs to had other flags, those of MAY_CHANGE aside."""
-    if flags.keys() != saved.keys():
-        fail(
-            f"{path} is of another version of this script; use another --exp-name, or --overwrite",
-            1,
-        )
-    others = []
-    for name in sorted(flags.keys() - MAY_CHANGE):
-        if flags[name] != saved[name]:
-            flag, value = name.replace("_", "-"), saved[name]
-            value = " ".join(map(str, value)) if isinstance(value, list) else value
-            others.append(
-                f"--{'' if value else 'no-'}{flag}"
-                if isinstance(value, bool)
-                else f"--{flag} {value}"
-            )
+def refuse_other_flags(args: Args, saved: dict, path: Path) -> None:
+    """End with one line if the run that `path` belongs to had other flags."""
+    others = [
+        f"--{name.replace('_', '-')} {saved.get(name)}"
+        for name, value in asdict(args).items()
+        if name not in MAY_CHANGE and saved.get(name) != value
+    ]
     if others:
-        fail(
-            f"{path} was made with {', '.join(others)}; use that, another --exp-name, or --overwrite",
-            1,
-        )
+        advice = "use that, another --exp-name, or --overwrite"
+        sys.exit(f"error: {path} was made with {', '.join(others)}; {advice}")
 
 
-def save_checkpoint(path: Path, flags: dict, counters: Counters, replicas: Replicas) -> None:
-    """Write all that a run needs to go on; minibatches, labels and resets follow from seed and stage."""
-    checkpoint = {
-        "script": Path(__file__).name,
-        "version": CHECKPOINT_VERSION,
-        "args": flags,
-        "counters": asdict(counters),
-        "tensors": replicas.tensors(),
-        "data": replicas.fingerprint,
-        "events": {
-            file.name: file.stat().st_size for file in path.parent.glob("events.out.tfevents.*")
-        },
-    }
+def save_checkpoint(path: Path, args: Args, counters: Counters, tensors: dict) -> None:
+    """Write all that a run needs to go on: minibatches, labels and resets follow from the seeds."""
+    checkpoint = {"args": asdict(args), "counters": asdict(counters), "tensors": tensors}
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
-    """Cut TensorBoard's files to the given sizes by name, and remove the others."""
-    for file in [path for path in run_dir.glob("events.out.tfevents.*") if path.is_file()]:
-        if file.name in sizes:
-            os.truncate(file, min(sizes[file.name], file.stat().st_size))
-        else:
-            file.unlink()
-
-
-def load_checkpoint(path: Path, flags: dict, replicas: Replicas) -> Counters:
-    """Put all back in place; TensorBoard's files are cut to what they were, so that no step is there twice.
-
-    Ends with one line if the file is not a checkpoint of this script, version and shape, or of other flags or images.
-    """
+def load_checkpoint(path: Path, args: Args, tensors: dict) -> Counters:
+    """Put all back in place; returns the counters."""
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # about foreign files, which get a line of their own below
-            if ZipFile(path).testzip() is not None:  # torch.load checks no checksums
-                raise ValueError
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if (checkpoint["script"], checkpoint["version"]) != (
-            Path(__file__).name,
-            CHECKPOINT_VERSION,
-        ):
-            raise ValueError
-        compare_flags(flags, dict(checkpoint["args"]), path)
-        if checkpoint["data"] != replicas.fingerprint:
-            fail(f"{path} was made with other images; use the same --data-dir, or --overwrite", 1)
-        own, tensors = replicas.tensors(), checkpoint["tensors"]
-        if {k: (t.shape, t.dtype) for k, t in own.items()} != {
-            k: (t.shape, t.dtype) for k, t in tensors.items()
-        }:
-            raise ValueError
-        if not all(
-            tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()
-        ):
-            raise ValueError
-        counters = Counters(**checkpoint["counters"])
-        for name, default in asdict(Counters()).items():
-            if name != "wandb_id" and type(getattr(counters, name)) is not type(default):
-                raise ValueError
-        if not 0 < counters.updates <= flags["num_stages"] * flags["updates_per_stage"]:
-            raise ValueError
-        if len(counters.resumed_at) >= counters.updates or not 0 <= counters.seconds < math.inf:
-            raise ValueError
-        shape = ((counters.updates - 1) // flags["updates_per_stage"], len(replicas.weights))
-        for accuracies in (counters.train_accuracy, counters.test_accuracy):
-            values = np.array(accuracies, dtype=float).reshape(shape)
-            if len(accuracies) != shape[0] or not ((values >= 0) & (values <= 1)).all():
-                raise ValueError
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-        events = dict(checkpoint["events"])
-        if not all(type(size) is int and size >= 0 for size in events.values()):
-            raise ValueError
-    except OSError as error:
-        fail(f"{path}: {error.strerror or error}", 1)
-    except Exception as error:  # such a file can raise anything
-        if out_of_memory(error):
-            raise
-        fail(
-            f"{path}: not a checkpoint of this version of {Path(__file__).name}; move it away or pass --overwrite",
-            1,
-        )
-    rewind_events(path.parent, events)
-    return counters
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        refuse_other_flags(args, checkpoint["args"], path)
+        for name, tensor in tensors.items():
+            tensor.copy_(checkpoint["tensors"][name])
+        return Counters(**checkpoint["counters"])
+    except OSError:
+        raise
+    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
+        problem = f"not a checkpoint of this script ({type(error).__name__})"
+        sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
 
 
 # --- Run ------------------------------------------------------------------------------------------
 
-# fmt: off
-MANY = 10**9  # upper end of what has no other
-RANGES = {  # of the flags, both ends included
-    "num_seeds": (1, 100_000), "first_seed": (0, MANY), "num_stages": (1, 50_000), "updates_per_stage": (1, MANY),
-    "batch_size": (1, 65_536), "learning_rate": (1e-12, MANY), "weight_decay": (0, MANY), "momentum": (0, 1),
-    "conv_strides": (1, 10), "sam_rho": (0, MANY), "reset_interval": (0, MANY), "metrics_interval": (0, MANY),
-    "log_interval": (1, MANY), "torch_threads": (0, 1024), "checkpoint_interval": (0, MANY),
-}
-# fmt: on
 
-
-def resolve(args: Args) -> Args:
-    """Fill in what is `auto`; end with one line at the first flag that makes no sense. Writes nothing."""
-    for name, (low, high) in RANGES.items():
-        values = getattr(args, name)
-        for value in values if isinstance(values, tuple) else (values,):
-            if value != "auto" and not low <= value <= high:  # nan is out of every range
-                fail(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}", 2)
-    for name, values in (
-        ("--learning-rate", args.learning_rate),
-        ("--weight-decay", args.weight_decay),
-    ):
-        if not values or len({f"{value:g}" for value in values}) < len(values):
-            fail(f"{name} needs a value, or several different ones", 2)
-    size = 32
-    for stride in args.conv_strides:
-        size = (size - 3) // stride + 1 if size >= 3 else 0
-    if size < 1:
-        fail(f"--conv-strides {' '.join(map(str, args.conv_strides))} leave no pixel", 2)
-    if args.resume and args.overwrite:
-        fail("--resume goes on with what is there and --overwrite begins anew: pass one of them", 2)
-    if (
-        args.exp_name in ("", "..")
-        or Path(args.exp_name).name != args.exp_name
-        or not args.exp_name.isprintable()
-    ):
-        fail(f"--exp-name {args.exp_name!r}: must be a plain file name", 2)
-    for flag, path in (("--run-dir", args.run_dir), ("--data-dir", args.data_dir)):
-        if not str(path).isprintable():
-            fail(f"{flag} {str(path)!r}: must be printable", 2)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail(
-            "--device cuda: PyTorch finds no CUDA device; use --device cpu or install a CUDA build",
-            1,
-        )
-    if args.track and find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb", 1)
-    if args.device == "auto":
-        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
-    if args.torch_threads == 0:
-        args = replace(args, torch_threads=min(torch.get_num_threads(), 8))
-    return args
+def due(interval: int, count: int) -> bool:
+    """Whether `count` is a multiple of `interval`; never for interval 0."""
+    return interval > 0 and count > 0 and count % interval == 0
 
 
 def git_commit() -> str | None:
@@ -873,83 +768,6 @@ def git_commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def memory_available(device: torch.device) -> float:
-    """Free bytes of the device; on the CPU, also within the container's limit. Infinite where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    available = math.inf
-    with suppress(OSError, ValueError):
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        available = 1024 * int(meminfo["MemAvailable"].split()[0])
-    with suppress(OSError, ValueError):
-        limit, used = (
-            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
-        )
-        available = min(available, limit - used)
-    return available
-
-
-def memory_needed(args: Args) -> int:
-    """Bytes that a run holds on its device at most, PyTorch itself and the images aside, about."""
-    with torch.device("meta"):  # shapes without memory
-        parameters = sum(w.numel() for w in Network(args).parameters())
-    num_replicas = args.num_seeds * len(args.learning_rate) * len(args.weight_decay)
-    together = num_replicas if args.device == "cuda" else 1  # see Replicas
-    size = (32 - 3) // args.conv_strides[0] + 1
-    # Of each replica: weights, momentum, a copy while they are drawn. Of those together: gradient, perturbed weights,
-    # temporaries; of each image: itself, its patches, and thrice the first convolution's outputs, the largest.
-    images = args.batch_size * (3 * 3 * 32**2 + 27 * size**2 + 3 * 2 * 32 * size**2)
-    batches = 8 * args.num_seeds * args.updates_per_stage * args.batch_size
-    return 4 * (num_replicas * 3 * parameters + together * (5 * parameters + images)) + 2 * batches
-
-
-def due(interval: int, count: int) -> bool:
-    """Whether `count` is a multiple of `interval`; never for interval 0."""
-    return interval > 0 and count > 0 and count % interval == 0
-
-
-def run(args: Args, stop: Stop) -> None:
-    """Begin a run or continue it, alone in its directory; leave a finished one as it is."""
-    run_dir = args.run_dir / f"{args.task}__{args.exp_name}__{args.first_seed}-{args.num_seeds}"
-    checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
-    flags = json.loads(json.dumps(asdict(args), default=str))  # as result.json gives them back
-    needed, available = (
-        memory_needed(args) / 2**30,
-        memory_available(torch.device(args.device)) / 2**30,
-    )
-    if needed > available and (args.overwrite or not result_path.exists()):
-        sizes = f"about {needed:,.1f} GiB of memory, and {args.device} has {available:,.1f} free"
-        fail(f"needs {sizes}; lower --num-seeds, --batch-size or the number of settings", 1)
-    data = load_cifar10(args) if args.overwrite or not result_path.exists() else ()
-    if data and len(data[0]) < args.num_stages:
-        fail(f"--num-stages {args.num_stages}: there are only {len(data[0]):,} training images", 2)
-    with lock_directory(run_dir):
-        if result_path.exists() and not args.overwrite:
-            if not args.resume:
-                fail(
-                    f"{run_dir} holds a finished run; change --exp-name or --first-seed, or pass --overwrite",
-                    1,
-                )
-            try:
-                saved = dict(json.loads(result_path.read_text())["args"])
-            except Exception:  # such a file can raise anything
-                fail(
-                    f"{result_path}: not a result that this script wrote; move it away or pass --overwrite",
-                    1,
-                )
-            compare_flags(flags, saved, result_path)
-            print(f"{run_dir}: finished already")
-            checkpoint_path.unlink(missing_ok=True)  # the run may have been killed before it could
-            return
-        resumed = checkpoint_path.exists() and not args.overwrite
-        if resumed and not args.resume:
-            fail(
-                f"{run_dir} holds an unfinished run; pass --resume to continue it, or --overwrite to begin anew",
-                1,
-            )
-        train(run_dir, args, flags, data or load_cifar10(args), resumed, stop)
-
-
 def device_name(args: Args) -> str:
     """The GPU's name, or the number of the CPU's threads."""
     if args.device == "cuda":
@@ -957,209 +775,205 @@ def device_name(args: Args) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def train(
-    run_dir: Path, args: Args, flags: dict, data: tuple[np.ndarray, ...], resumed: bool, stop: Stop
-) -> None:
-    """From seeding, or from the checkpoint, to result.json. `flags` are the args as JSON has them."""
-    checkpoint_path, result_path = run_dir / "checkpoint.pth", run_dir / "result.json"
-    replicas = Replicas(args, data, torch.device(args.device))
-    parameters = replicas.weights.shape[1]
-    total_updates = args.num_stages * args.updates_per_stage
-    names = [f"lr_{lr:g}_decay_{decay:g}" for lr, decay in replicas.settings]
+def remove_old_files(run_dir: Path) -> None:
+    """What this script has written there, for --overwrite."""
+    names = ("result.json", "checkpoint.pth", "checkpoint.pth.tmp")
+    for path in [*run_dir.glob("events.out.tfevents.*"), *(run_dir / name for name in names)]:
+        path.unlink(missing_ok=True)
 
-    counters = load_checkpoint(checkpoint_path, flags, replicas) if resumed else Counters()
-    if resumed:
-        counters.resumed_at.append(counters.updates)
-        stop.hint = "; --resume continues the run"
+
+def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWriter:
+    """TensorBoard and, with --track, Weights & Biases; an old run's files go with --overwrite."""
     if args.track:
         import wandb
 
-        project = {
-            "project": args.wandb_project_name,
-            "entity": args.wandb_entity,
-            "name": run_dir.name,
-        }
-        try:
-            tracked = wandb.init(
-                **project, id=counters.wandb_id, resume="allow", config=flags, sync_tensorboard=True
-            )
-        except wandb.Error as error:  # no login, no network
-            fail(f"--track: Weights & Biases says: {' '.join(str(error).split())}", 1)
-        counters.wandb_id = tracked.id
-    for name in ("result.json", "checkpoint.pth"):  # of an overwritten run
-        if not resumed:
-            (run_dir / name).unlink(missing_ok=True)
-        (run_dir / f"{name}.tmp").unlink(missing_ok=True)
-    if not resumed:
-        rewind_events(run_dir, {})
-    writer = SummaryWriter(str(run_dir))
-    if not resumed:
-        writer.add_text(
-            "args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{flag}|{flags[flag]}|" for flag in flags)
-        )
-    start = f"continued after update {counters.updates:,}, " if resumed else ""
-    size = f"{len(replicas.settings) * args.num_seeds} replicas of {parameters:,} parameters, {total_updates:,} updates"
-    print(
-        f"{run_dir}: {start}{size}, on {device_name(args)}, about {memory_needed(args) / 2**30:.1f} GiB"
-    )
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
+        counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
+    if args.overwrite:  # now that nothing more can keep the new run from beginning
+        remove_old_files(run_dir)
+    # purge_step hides from readers what a killed process logged after its last checkpoint.
+    writer = SummaryWriter(str(run_dir), purge_step=counters.gradient_updates + 1)
+    table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
+    writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
+    return writer
 
-    update = replicas.update
-    if args.cuda_graph and args.device == "cuda":
-        replicas.start_stage(0)
-        update = capture(update, [*replicas.tensors().values(), replicas.position])
-    start_time = time.perf_counter() - counters.seconds
-    checkpoint_time = time.perf_counter()
-    progress = tqdm(
-        initial=counters.updates, total=total_updates, desc=args.task, unit="update", disable=None
-    )
-    stop.obey(at_once=False)
-    for stage in range(len(counters.test_accuracy), args.num_stages):
-        done = (
-            counters.updates - stage * args.updates_per_stage
-        )  # of this stage, where the run was stopped
-        if done == 0 and due(args.reset_interval, stage):
-            replicas.reset_heads(stage)
-        replicas.start_stage(stage, done)
-        for _ in range(done, args.updates_per_stage):
-            losses = update()
-            counters.updates += 1
-            progress.update()
 
-            if due(args.log_interval, counters.updates):
-                for name, loss in zip(
-                    names, losses.view(len(names), -1).mean(1).tolist(), strict=True
-                ):
-                    writer.add_scalar(f"losses/{name}", loss, counters.updates)
-                training_time = time.perf_counter() - start_time - counters.measuring_seconds
-                writer.add_scalar(
-                    "charts/updates_per_second", counters.updates / training_time, counters.updates
-                )
-            if args.checkpoint_interval == "auto":
-                checkpoint_due = time.perf_counter() - checkpoint_time >= 300
-            else:
-                checkpoint_due = due(args.checkpoint_interval, counters.updates)
-            # Before an evaluation too: it can take minutes.
-            stage_over = due(args.updates_per_stage, counters.updates)
-            if args.checkpoint_interval != 0 and (checkpoint_due or stage_over or stop.signum):
-                counters.seconds = time.perf_counter() - start_time
-                writer.flush()
-                try:
-                    save_checkpoint(checkpoint_path, flags, counters, replicas)
-                    stop.hint = "; --resume continues the run"
-                except OSError as error:  # the one before stays, if there is one
-                    print(
-                        f"warning: {checkpoint_path} not written: {error.strerror}", file=sys.stderr
-                    )
-                checkpoint_time = time.perf_counter()
-            if stop.signum:
-                progress.close()
-                writer.close()
-                stop.obey(at_once=True)
+def log_means(writer: SummaryWriter, tag: str, settings: list, values: list, step: int) -> None:
+    """Values by replica, [R], as means over the seeds of each setting."""
+    means = np.reshape(values, (len(settings), -1)).mean(1)
+    for (learning_rate, weight_decay), mean in zip(settings, means, strict=True):
+        writer.add_scalar(f"{tag}/lr_{learning_rate:g}_decay_{weight_decay:g}", mean, step)
 
-        measuring_start = time.perf_counter()
-        stop.obey(
-            at_once=args.checkpoint_interval != 0
-        )  # the checkpoint of this very update is written
-        train_accuracy, test_accuracy = replicas.evaluate(stage)
-        metrics = (
-            plasticity_metrics(replicas, stage) if due(args.metrics_interval, stage + 1) else {}
-        )
-        stop.obey(at_once=False)
-        counters.train_accuracy.append(train_accuracy)
-        counters.test_accuracy.append(test_accuracy)
-        if metrics:
-            counters.metrics.append({"stage": stage} | metrics)
-        measured = {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
-        for tag, values in (
-            measured | {f"plasticity/{tag}": values for tag, values in metrics.items()}
-        ).items():
-            for name, of_setting in zip(
-                names, np.array(values, dtype=float).reshape(len(names), -1), strict=True
-            ):
-                writer.add_scalar(f"{tag}/{name}", of_setting.mean(), counters.updates)
-        counters.measuring_seconds += time.perf_counter() - measuring_start
-    progress.close()
-    writer.close()
 
-    wall_clock = time.perf_counter() - start_time
-    training_time = wall_clock - counters.measuring_seconds
-    sweep = summarise(replicas, counters)
-    best = max(sweep, key=lambda setting: setting["final_accuracy_mean"])
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+def on_stop_signals(handler: Callable | signal.Handlers) -> None:
+    """What SIGTERM and Ctrl-C do from now on."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, handler)
+
+
+def catch_stop_signals() -> list[int]:
+    """A list that the next SIGTERM or Ctrl-C joins: the step can end. One more ends the process."""
+    caught: list[int] = []
+
+    def stop(signum: int, frame: object) -> None:
+        caught.append(signum)
+        on_stop_signals(signal.SIG_DFL)
+
+    on_stop_signals(stop)
+    return caught
+
+
+def finish(args: Args, run_dir: Path, counters: Counters, replicas: Replicas) -> None:
+    """Write result.json: where it is, a run is finished. Its first part is the best setting."""
+    measured = (counters.train_accuracy, counters.test_accuracy, counters.metrics)
+    sweep = summarise(replicas.settings, *measured)
+    # The best by final accuracy, as in the paper; one with a diverged seed has nan.
+    best = max(sweep, key=lambda setting: np.nan_to_num(setting["final_accuracy_mean"], nan=-1.0))
     # fmt: off
     result = {
-        "script": Path(__file__).name, "exp_name": args.exp_name, "task": args.task, "first_seed": args.first_seed,
-        "num_seeds": args.num_seeds, "args": flags, **best, "sweep": sweep,
-        "gradient_updates": counters.updates, "parameters": parameters, "resumed_at": counters.resumed_at,
-        "wall_clock_seconds": wall_clock, "updates_per_second": counters.updates / training_time,
-        "data": replicas.fingerprint, "device": device_name(args), "versions": versions, "git_commit": git_commit(),
+        "script": Path(__file__).name, "exp_name": args.exp_name, "task": args.task,
+        "first_seed": args.first_seed, "num_seeds": args.num_seeds, "args": asdict(args),
+        **asdict(counters), **best, "sweep": sweep,
+        "updates_per_second": counters.gradient_updates / counters.training_seconds,
+        "parameters": replicas.weights.shape[1], "device": device_name(args),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
     # fmt: on
-    write_atomically(
-        result_path, lambda file: file.write(json.dumps(result, indent=2, allow_nan=False).encode())
-    )
-    checkpoint_path.unlink(missing_ok=True)
-    accuracy = f"{best['final_accuracy_mean']:.3f}"
+    # JSON has no nan, of which json.dumps would write NaN: null in its place.
+    result = json.loads(json.dumps(result), parse_constant=lambda constant: None)
+    content = json.dumps(result, indent=2).encode()
+    write_atomically(run_dir / "result.json", lambda file: file.write(content))
+    (run_dir / "checkpoint.pth").unlink(missing_ok=True)
+    score = f"{best['final_accuracy_mean']:.3f}"
     if args.num_seeds > 1:
         low, high = best["final_accuracy_interval"]
-        accuracy += f" [{low:.3f}, {high:.3f}] over {args.num_seeds} seeds"
+        score += f" [{low:.3f}, {high:.3f}] over {args.num_seeds} seeds"
     setting = f"learning rate {best['learning_rate']:g}, weight decay {best['weight_decay']:g}"
-    print(f"{args.task}: final test accuracy {accuracy}, at {setting}; {result_path}")
+    print(f"{args.task}: final test accuracy {score}, {setting}; {run_dir / 'result.json'}")
 
 
-def summarise(replicas: Replicas, counters: Counters) -> list[dict]:
-    """For each setting: accuracies and metrics by seed and stage, final and mean accuracy, and their intervals."""
-    sweep = []
-    for i, (learning_rate, weight_decay) in enumerate(replicas.settings):
-        own = slice(i * len(replicas.seeds), (i + 1) * len(replicas.seeds))
-        train, test = (
-            np.array(x)[:, own].T for x in (counters.train_accuracy, counters.test_accuracy)
-        )
-        setting = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-        for name, values in (("final_accuracy", test[:, -1]), ("mean_accuracy", test.mean(1))):
-            setting |= {name: values.tolist(), f"{name}_mean": float(values.mean())}
-            setting[f"{name}_interval"] = bootstrap_interval(values)
-        setting["skipped_updates"] = replicas.skipped[own].tolist()
-        setting |= {"test_accuracy": test.tolist(), "train_accuracy": train.tolist()}
-        setting["metrics"] = [
-            {k: v if k == "stage" else v[own] for k, v in one.items()} for one in counters.metrics
-        ]
-        sweep.append(setting)
-    return sweep
+def train(args: Args, run_dir: Path) -> None:
+    """A run from its seeds, or from its checkpoint, to result.json."""
+    checkpoint_path = run_dir / "checkpoint.pth"
+    data = load_cifar10(args)
+    replicas, update = make_replicas(args, data)
+    counters = Counters()
+    checksum = zlib.crc32(b"".join(array.tobytes() for array in data))
+    if checkpoint_path.exists() and not args.overwrite:
+        counters = load_checkpoint(checkpoint_path, args, replicas.tensors())
+        counters.resumed_at.append(counters.gradient_updates)
+        if counters.data != checksum:
+            advice = "use the same --data-dir, or --overwrite"
+            sys.exit(f"error: {checkpoint_path} was made with other images; {advice}")
+    counters.data, counters.git_commit = checksum, git_commit()
+
+    writer = start_logging(args, run_dir, counters)
+    num_replicas, num_parameters = replicas.weights.shape
+    total = args.num_stages * args.updates_per_stage
+    size = f"{num_replicas} replicas of {num_parameters:,} parameters"
+    size += f", {total:,} updates, on {device_name(args)}"
+    print(f"{run_dir}: {size}, from update {counters.gradient_updates}", file=sys.stderr)
+    start_time = time.perf_counter() - counters.wall_clock_seconds
+    checkpoint_time = time.perf_counter()
+    stop_signals = catch_stop_signals()
+    steps = range(counters.gradient_updates + 1, total + 1)
+    # With disable=None there is no bar where there is no terminal.
+    progress = tqdm(steps, args.task, total, initial=steps.start - 1, disable=None)
+    for step in progress:
+        counters.gradient_updates = step
+        step_start = time.perf_counter()
+        stage, position = divmod(step - 1, args.updates_per_stage)  # of 500: step 501 is (1, 0)
+        stage_over = due(args.updates_per_stage, step)
+        log_due = due(args.log_interval, step)
+        last = step == total
+
+        # Begin a stage, or go on in the middle of one
+        if position == 0 and due(args.reset_interval, stage):
+            replicas.reset_heads(stage)
+        if position == 0 or step == steps.start:
+            replicas.start_stage(stage)
+
+        # Learn
+        losses = update()
+        if log_due or stage_over:
+            losses_by_replica = losses.tolist()  # waits for the device
+        counters.training_seconds += time.perf_counter() - step_start
+
+        # Log
+        if log_due:
+            log_means(writer, "losses", replicas.settings, losses_by_replica, step)
+            speed = step / counters.training_seconds
+            writer.add_scalar("charts/updates_per_second", speed, step)
+
+        # Evaluate, at the end of a stage
+        if stage_over:
+            accuracies = evaluate(replicas, stage)
+            counters.train_accuracy.append(accuracies["train_accuracy"])
+            counters.test_accuracy.append(accuracies["test_accuracy"])
+            for name, values in accuracies.items():
+                log_means(writer, name, replicas.settings, values, step)
+        if stage_over and due(args.metrics_interval, stage + 1):
+            metrics = plasticity_metrics(replicas, stage)
+            counters.metrics.append({"stage": stage, **metrics})
+            for name, values in metrics.items():
+                log_means(writer, f"plasticity/{name}", replicas.settings, values, step)
+
+        # Checkpoint
+        if stop_signals:
+            progress.close()
+            print(f"stopping after update {step}", file=sys.stderr)
+        if args.checkpoint_interval == "auto":
+            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
+        else:
+            checkpoint_due = due(args.checkpoint_interval, step)
+        if args.checkpoint_interval != 0 and (checkpoint_due or last or stop_signals):
+            writer.flush()
+            counters.wall_clock_seconds = time.perf_counter() - start_time
+            save_checkpoint(checkpoint_path, args, counters, replicas.tensors())
+            checkpoint_time = time.perf_counter()
+        if stop_signals:
+            sys.exit(128 + stop_signals[0])
+
+    on_stop_signals(signal.SIG_DFL)
+    writer.close()
+    counters.wall_clock_seconds = time.perf_counter() - start_time
+    finish(args, run_dir, counters, replicas)
 
 
-def bootstrap_interval(values: np.ndarray) -> list[float] | None:
-    """95% interval of the mean over seeds, by the percentile bootstrap: [N] -> [low, high]; None for one seed."""
-    if len(values) < 2:
-        return None
-    samples = np.random.default_rng(0).choice(values, (10_000, len(values)))
-    return np.percentile(samples.mean(1), [2.5, 97.5]).tolist()
+def run(args: Args) -> None:
+    """Begin a run or continue it, alone in its directory; replace one only with --overwrite."""
+    name = f"{args.task}__{args.exp_name}__{args.first_seed}-{args.num_seeds}"
+    run_dir = Path(args.run_dir) / name
+    result_path, checkpoint_path = run_dir / "result.json", run_dir / "checkpoint.pth"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / ".lock", blocking=False):
+            finished, unfinished = result_path.exists(), checkpoint_path.exists()
+            if (finished or unfinished) and not (args.resume or args.overwrite):
+                kind = "a finished" if finished else "an unfinished"
+                advice = "pass --resume or --overwrite, or change --exp-name or --first-seed"
+                sys.exit(f"error: {run_dir} holds {kind} run; {advice}")
+            if finished and args.resume:
+                saved = json.loads(result_path.read_text())["args"]
+                # JSON has lists where flags of several values have tuples.
+                saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+                refuse_other_flags(args, saved, result_path)
+                checkpoint_path.unlink(missing_ok=True)  # of a run killed before it could
+                print(f"{run_dir}: finished already", file=sys.stderr)
+            else:
+                train(args, run_dir)
+    except Timeout:
+        sys.exit(f"error: another process is at work in {run_dir}")
 
 
 if __name__ == "__main__":
-    nowhere = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # they may be closed
-    stop = Stop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop.request)
-    # A full disk kills TensorBoard's thread; the error comes up again, without a traceback, when we next write there.
-    threading.excepthook = lambda hook: (
-        None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
-    )
-    args = resolve(tyro.cli(Args))
+    args = tyro.cli(Args)
+    on_stop_signals(signal.SIG_DFL)  # until the first step, Ctrl-C ends it without a traceback
     torch.set_num_threads(args.torch_threads)
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # TF32 in matrix products, as PyTorch has it in convolutions
+    if args.device == "cuda":  # TF32 in matrix products, as PyTorch has it in convolutions
+        torch.set_float32_matmul_precision("high")
     try:
-        run(args, stop)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        fail("out of memory; lower --num-seeds, --batch-size or the number of settings", 1)
-    except OSError as error:  # no permission, no space, no such directory, no network
-        fail(f"{error.filename or args.run_dir}: {error.strerror or error}", 1)
-    finally:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_IGN)  # on the way out, one more changes nothing
+        run(args)
+    except OSError as error:  # a full disk, a missing permission
+        sys.exit(f"error: {error}")

@@ -32,7 +32,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import matplotlib
 import numpy as np
@@ -41,7 +41,7 @@ from rliable import library, metrics
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from plastic_drq_rainbow_atari import RANDOM_HUMAN, human_normalized_score
-from synth_cifar_plasticity import bootstrap_interval, fail, write_atomically
+from synth_cifar_plasticity import bootstrap_interval, write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -142,6 +142,12 @@ class Args:
     readme: Path | None = None  # instead of all this: a Markdown file, whose reports are made anew
 
 
+def fail(message: str, code: int) -> NoReturn:
+    """End with one line on stderr: code 2 for a flag that makes no sense, 1 for what is there."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
 def read_results(directories: Iterable[Path]) -> dict[tuple[str, str], dict]:
     """{(task, exp_name): result} of the synthetic experiment's runs in the directories, their accuracies as arrays."""
     results = {}
@@ -152,12 +158,13 @@ def read_results(directories: Iterable[Path]) -> dict[tuple[str, str], dict]:
             result = json.loads(path.read_text())
             if result["script"] != "synth_cifar_plasticity.py":
                 continue
+            # null, of a replica that diverged, becomes nan.
             accuracies = np.array(result["test_accuracy"], dtype=float)
-            if accuracies.ndim != 2 or not np.isfinite(accuracies).all() or accuracies.size == 0:
+            if accuracies.ndim != 2 or np.isinf(accuracies).any() or accuracies.size == 0:
                 raise ValueError("test_accuracy")
             numbers = ("learning_rate", "weight_decay", "final_accuracy_mean", "mean_accuracy_mean")
             result |= {"test_accuracy": accuracies, "first_seed": int(result["first_seed"])}
-            result |= {name: float(result[name]) for name in numbers}
+            result |= {name: np.array(result[name], dtype=float).item() for name in numbers}
             key = (str(result["task"]), str(result["exp_name"]))
             result["num_seeds"] = len(accuracies)
             result["protocol"] = {name: result["args"][name] for name in PROTOCOL} | {

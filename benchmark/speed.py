@@ -68,6 +68,15 @@ class Args:
     rounds: int = 5  # in each of them, all methods take a turn of 20 updates
     json: Path | None = None  # write the figures to this file too
 
+    def __post_init__(self) -> None:
+        """Check the flags. tyro prints a ValueError and ends with code 2."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch finds no CUDA device")
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ValueError(f"--json {self.json}: no such directory")
+        if self.rounds < 1:
+            raise ValueError(f"--rounds must be at least 1, not {self.rounds}")
+
 
 @dataclass
 class Subject:
@@ -202,19 +211,14 @@ def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
 
     def prepare(flags: dict) -> Subject:
         size = dict(batch_size=16) if quick else {}
-        args = script.resolve(script.Args(device=device, buffer_size=2_000, **size, **flags))
+        args = script.Args(device=device, buffer_size=2_000, **size, **flags)
+        env, rng = script.make_env(args), np.random.default_rng(0)
+        agent, replay, update, act = script.make_agent(args, env, script.make_generators(args))
         generator = torch.Generator(device).manual_seed(0)
-        env = script.DMControl(args)
-        rng, action_dim = np.random.default_rng(0), env.action_space.shape[0]
-        agent = script.Agent(action_dim, args, generator)
-        shape = env.observation_space.shape
-        replay = script.ReplayBuffer(
-            args.buffer_size, 500, shape, action_dim, args.frame_stack, torch.device(device)
-        )
         replay.start(env.reset()[0])
 
         def env_step():
-            action = rng.uniform(-1, 1, action_dim).astype(np.float32)
+            action = rng.uniform(-1, 1, env.action_dim).astype(np.float32)
             frame, reward, terminated, truncated, _ = env.step(action)
             replay.add(action, reward, terminated, frame)
             if terminated or truncated:
@@ -223,32 +227,26 @@ def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         for _ in range(50 if quick else 600):
             env_step()
 
-        def next_batch():
-            return replay.sample(args.batch_size, generator)
-
-        eager_update, act = lambda: agent.update(next_batch()), lambda: agent.act(replay.newest())
-        update = eager_update
-        if device == "cuda":
-            update, act = script.capture_all(agent, next_batch, replay)
-        steps = args.total_timesteps // args.action_repeat
         return Subject(
             update=update,
-            eager_update=eager_update,
+            eager_update=lambda: agent.update(replay.sample(args.batch_size, generator)),
             act=lambda: act().cpu(),
             env_step=env_step,
-            render=env.render,
-            parameters=sum(w.numel() for group in agent.parameters.values() for w in group),
-            env_steps=steps,
-            updates=(steps - args.learning_starts + 1) * args.updates_per_step,
+            render=env.frame,
+            parameters=sum(w.numel() for w in agent.weights),
+            env_steps=args.agent_steps,
+            updates=(args.agent_steps - args.learning_starts + 1) * args.updates_per_step,
             parts={
                 "sample": (script.ReplayBuffer, "sample"),
                 "augment": (script, "augment"),
                 "td_target": (script.Agent, "td_target"),
-                "gradients": (script, "sam_gradient"),
+                "critic forward": (script.Critic, "forward"),
+                "actor forward": (script.Actor, "sample"),
+                "backward": (script, "set_gradient"),
                 "optimizers": (torch.optim.Adam, "step"),
                 "ema": (script, "soft_update"),
-                "undo": (script.Agent, "undo"),
             },
+            blocks={"sam": (script, "sam_perturbed")},
         )
 
     return {name: lambda flags=flags: prepare(flags) for name, flags in methods.items()}
@@ -259,7 +257,7 @@ def finetune(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
     script = finetune_script
 
     def prepare(flags: dict, variant: str | None) -> Subject:
-        args = script.resolve(script.Args(device=device, from_scratch=True, **flags))
+        args = script.Args(device=device, from_scratch=True, **flags)
         generator = torch.Generator(device).manual_seed(0)
         envs = script.make_envs(args.env_id, 1, 0)
         num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
@@ -343,7 +341,7 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
 
         def update() -> None:
             images, labels = (x[0] for x in replicas.next_batch(slice(1)))
-            replicas.position += 1
+            replicas.updates.add_(1)
             sgd.zero_grad()
             cross_entropy(network(images), labels).backward()
             if args.sam_rho > 0:
@@ -362,13 +360,13 @@ def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
         return update
 
     def prepare(flags: dict, seeds: int, plain: bool) -> Subject:
-        args = script.resolve(script.Args(device=device, num_seeds=seeds, **flags))
+        args = script.Args(device=device, num_seeds=seeds, **flags)
         replicas = script.Replicas(args, data, torch.device(device))
         replicas.start_stage(0)
         eager_update = plain_update(replicas) if plain else replicas.update
         update = eager_update
         if device == "cuda" and not plain:
-            update = script.capture(eager_update, [*replicas.tensors().values(), replicas.position])
+            update = script.capture(eager_update, list(replicas.tensors().values()))
         parts = {
             "batch": (script.Replicas, "next_batch"),
             "forward": (script.Replicas, "forward"),
@@ -594,12 +592,6 @@ def combine(rounds: list[dict], subject: Subject) -> dict[str, float | dict[str,
 
 def main(args: Args) -> None:
     """Print a table per script, and write the figures where --json says."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        dmc_script.fail("--device cuda: PyTorch finds no CUDA device", 1)
-    if args.json is not None and not args.json.parent.is_dir():
-        dmc_script.fail(f"--json {args.json}: no such directory", 1)
-    if args.rounds < 1:
-        dmc_script.fail(f"--rounds must be at least 1, not {args.rounds}", 2)
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # as the scripts do
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # as the scripts do

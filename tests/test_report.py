@@ -55,6 +55,19 @@ def test_gains_by_hand_and_a_figure(tmp_path, capsys):
     assert (tmp_path / "plots" / "figure3.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_diverged_replica_is_nan_in_the_table(tmp_path, capsys):
+    write_result(tmp_path, "input", "base", [[0.1, 0.2], [0.1, 0.4]])
+    write_result(tmp_path, "input", "sam", [[0.1, 0.5], [0.1, float("nan")]])
+    path = tmp_path / "input__sam__1-2" / "result.json"
+    path.write_text(path.read_text().replace("NaN", "null"))  # as the script writes it
+    results = report.read_results([tmp_path])
+    report.print_table(results, 1)
+    row = "| SAM | input | nan [nan, nan] | nan | nan | 0.01, 0.001 | 2 |"
+    assert capsys.readouterr().out.splitlines()[3] == row
+    report.plot_figure3(results, 1, tmp_path / "figure3.png")
+    assert report.gain(results["input", "sam"], results["input", "base"], 1).tolist()[0] > 0
+
+
 def test_bars_stand_for_the_gains(tmp_path, monkeypatch):
     write_result(tmp_path, "label", "base", [[0.2], [0.3]])
     write_result(tmp_path, "label", "sam", [[0.5], [0.5]])
