@@ -890,7 +890,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1), -2 being below 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), by sign: of -2 and 1, 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -1030,7 +1030,7 @@ def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> 
 
 
 def due(interval: int, count: int) -> bool:
-    """Whether `count` is a multiple of `interval`; never for interval 0."""
+    """Whether `count` is a positive multiple of `interval`; never for interval 0."""
     return interval > 0 and count > 0 and count % interval == 0
 
 

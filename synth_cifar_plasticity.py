@@ -12,7 +12,7 @@ Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement 
 
 PLASTIC, the base that it stands on, and a sweep of settings:
 
-    python synth_cifar_plasticity.py --task input
+    python synth_cifar_plasticity.py --task label
     python synth_cifar_plasticity.py --task label --exp-name base --no-layer-norm --no-crelu \
         --sam-rho 0 --reset-interval 0
     python synth_cifar_plasticity.py --task label --exp-name sweep \
@@ -22,18 +22,19 @@ Read seen_images and stage_labels first, which are the two tasks, then Replicas.
 SGD with SAM, then train, the loop around it.
 Network is backbone and head, with LayerNorm and CReLU. Replicas holds the networks of all seeds
 and settings, a row each. The other intervention is Replicas.reset_heads.
-Two clocks tick: gradient updates, and stages of 500 updates each. Resets count stages.
+Two clocks tick: gradient updates, which the loop calls steps, and stages of 500 updates each.
+Resets count stages. A setting is a pair of learning rate and weight decay.
 
 Where it departs from the paper's text or fills it in (README.md has paper, release and this file):
-- The paper sweeps learning rate and weight decay; the default is one value of each
-  (--learning-rate, --weight-decay).
+- The paper sweeps learning rate and weight decay, and does not say how it chose; the default is one
+  setting, and of several the best by final test accuracy is reported.
+- Momentum is 0.9, and zeroed in the head at a reset; the paper does not say (--momentum).
 - LayerNorm is over channels and pixels of each sample, as released; the paper does not say
   (--layer-norm-kind).
 - CReLU is in the fully connected layers alone, as in the other scripts (--crelu-scope).
-- Minibatches are cut from shuffled epochs, so that each image is seen equally often; the paper
-  draws at random.
+- Minibatches are cut from shuffled epochs, so that within a stage no image is seen two times more
+  often than another; the paper draws at random.
 - Resets come before stages 10, 20, ...; the release's come after stages 0, 10, ...
-  (--reset-interval).
 """
 
 import json
@@ -67,7 +68,8 @@ from tqdm import tqdm
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10's channels
+# Means of the channels, and the mean of each image's own standard deviations: as in the release.
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 # --- Args -----------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ class Args:
     task: Literal["input", "label"] = "input"  # more images with each stage, or other labels
     num_seeds: int = 30  # seeds, trained side by side
     first_seed: int = 1  # the seeds are first-seed, first-seed + 1, ...
-    exp_name: str = "synth_cifar_plasticity"  # name of this setting, part of the run's directory
+    exp_name: str = "synth_cifar_plasticity"  # name of this method, part of the run's directory
     # where run directories are made: <run-dir>/<task>__<exp-name>__<first-seed>-<num-seeds>
     run_dir: str = "runs"
     data_dir: str = "data"  # holds cifar-10-batches-py
@@ -145,13 +147,14 @@ class Args:
             ("--learning-rate", self.learning_rate),
             ("--weight-decay", self.weight_decay),
         ):
+            # As log_means() writes them.
             if not values or len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{flag} needs one value, or several different ones")
         size = 32
         for stride in self.conv_strides:
+            if size < 3:
+                raise ValueError(f"--conv-strides {self.conv_strides} leave no pixel")
             size = (size - 3) // stride + 1  # 32, 10, 3, 1 with strides 3, 3, 1
-        if size < 1:
-            raise ValueError(f"--conv-strides {self.conv_strides} leave no pixel")
         if "/" in self.exp_name or self.exp_name in ("", ".", ".."):
             raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
         if self.resume and self.overwrite:
@@ -194,7 +197,8 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         # How NumPy pickles an array: version, shape, type, order, bytes.
         *_, by_columns, data = batch[b"data"].state
         labels = np.array(batch[b"labels"], np.int64)
-        images = np.frombuffer(bytearray(data), np.uint8).reshape(len(labels), 3, 32, 32)
+        data = bytearray(data)  # not bytes: PyTorch wants an array that it could write to
+        images = np.frombuffer(data, np.uint8).reshape(len(labels), 3, 32, 32)
         if by_columns or labels.min() < 0 or labels.max() > 9:
             raise ValueError
         return images, labels
@@ -220,7 +224,7 @@ def download(directory: Path) -> None:
 
 
 def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
-    """Training images and labels, test images and labels."""
+    """Images and labels for training, uint8 [50000, 3, 32, 32], int64 [50000], and for the test."""
     directory = Path(args.data_dir) / "cifar-10-batches-py"
     if not directory.exists():
         if not args.download:
@@ -231,8 +235,8 @@ def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
     return images, labels, *read_batch(directory / "test_batch")
 
 
-# Each seed's streams of random numbers: what is drawn follows from seed, stream and stage alone.
-ORDER, BATCHES, LABELS, RESETS, MEASURED = range(5)
+# Each seed's streams of NumPy's random numbers: a draw follows from seed, stream and stage alone.
+ORDER, BATCHES, LABELS, RESETS, EVALUATED = range(5)
 
 
 def seen_images(seed: int, stage: int, num_images: int, args: Args) -> np.ndarray:
@@ -336,21 +340,29 @@ class Network(nn.Module):
         return self.head(self.backbone(images))
 
 
-# --- Update ---------------------------------------------------------------------------------------
+# --- Interventions --------------------------------------------------------------------------------
 
 
-def sam_weights(weights: Tensor, gradient: Tensor, rho: float) -> Tensor:
-    """SAM's w + rho * g / ||g||, each replica by its own norm: [G, P], [G, P] -> [G, P] (B.1)."""
+def sam_perturbed_weights(weights: Tensor, gradient: Tensor, rho: float) -> Tensor:
+    """SAM's w + rho * g / ||g||, each replica by its own norm (appendix B.1).
+
+    Of G replicas with P parameters each: [G, P], [G, P] -> [G, P].
+    """
     norm = gradient.norm(dim=1, keepdim=True)
     return weights + rho / (norm + 1e-12) * gradient
 
 
-class Replicas:
-    """All replicas: every pair of learning rate and weight decay times each of the S seeds.
+# --- Update ---------------------------------------------------------------------------------------
 
-    Replica r has setting r // S and seed r % S: of 3 seeds, replica 4 has setting 1 and seed 1. A
-    row of `weights` and of `momentum`, [R, P], is all of a replica's network, the head last. What
-    one replica does, no other one feels: one that diverges stays nan, and the others go on.
+
+class Replicas:
+    """All replicas: every setting (a pair of learning rate and weight decay) times every seed.
+
+    In shapes: R replicas, G of them in a group that is computed together, P parameters each, S
+    seeds, B images. Replica r has setting r // S and the seed seeds[r % S]: of seeds 1, 2, 3,
+    replica 4 has setting 1 and seed 2. `weights` and `momentum`, [R, P], have one row per replica,
+    the head last. What one replica does, no other one feels: one that diverges stays nan, and the
+    others go on.
 
     On a GPU all replicas share each kernel. On a CPU, which one small network keeps busy, they take
     turns. update() has no .item(), and changes tensors in place: a CUDA graph can replay it.
@@ -361,6 +373,7 @@ class Replicas:
         self.images, self.labels, self.test_images, self.test_labels = (
             torch.from_numpy(array).to(device) for array in data
         )
+        # Of bytes.
         self.mean = 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)
         self.std = 255 * torch.tensor(STD, device=device).view(3, 1, 1)
 
@@ -370,7 +383,7 @@ class Replicas:
         self.learning_rate, self.weight_decay = settings[:, :1], settings[:, 1:]  # [R, 1] each
         num_replicas = len(settings)
         self.seed_index = torch.arange(num_replicas, device=device) % args.num_seeds
-        # Replicas that share each kernel.
+        # Replicas that are computed together.
         self.groups = [slice(num_replicas)]
         if device.type == "cpu":
             self.groups = [slice(r, r + 1) for r in range(num_replicas)]
@@ -384,7 +397,8 @@ class Replicas:
         )
         self.weights = self.initial_weights(self.seeds)
         self.momentum = torch.zeros_like(self.weights)
-        self.updates = torch.zeros(1, dtype=torch.int64, device=device)  # made so far
+        # Made so far: [1], because indexing with a scalar tensor would wait for the device.
+        self.updates = torch.zeros(1, dtype=torch.int64, device=device)
 
         # The stage's minibatches as indices of images, and the label of each class, by seed.
         shape = (args.updates_per_stage, args.num_seeds, args.batch_size)
@@ -419,10 +433,10 @@ class Replicas:
 
     def next_batch(self, group: slice) -> tuple[Tensor, Tensor]:
         """A minibatch for each replica: images, float32 [G, B, 3, 32, 32], and labels, [G, B]."""
-        seeds = self.seed_index[group]
+        seed_index = self.seed_index[group]
         # With 500 updates a stage, after 501 the second minibatch of stage 1 is next.
-        index = self.batches[self.updates % len(self.batches), seeds]  # [G, B]
-        labels = self.class_labels[seeds].gather(1, self.labels[index])
+        index = self.batches[self.updates % len(self.batches), seed_index]  # [G, B]
+        labels = self.class_labels[seed_index].gather(1, self.labels[index])
         return self.standardise(self.images[index]), labels
 
     def forward(self, weights: Tensor, images: Tensor) -> Tensor:
@@ -449,21 +463,24 @@ class Replicas:
 
     @torch.no_grad()
     def sgd(self, group: slice, gradient: Tensor) -> None:
-        """m <- mu * m + g + lambda * w, then w <- w - eta * m, in place."""
+        """SGD with momentum, in place.
+
+        m <- momentum * m + g + weight_decay * w, then w <- w - learning_rate * m.
+        """
         w, m = self.weights[group], self.momentum[group]
         torch.add(gradient, m, alpha=self.args.momentum, out=m)
         m.addcmul_(self.weight_decay[group], w)
         w.addcmul_(self.learning_rate[group], m, value=-1)
 
     def update(self) -> Tensor:
-        """One gradient update of every replica. Returns the losses, [R]."""
+        """One gradient update of every replica. Returns the losses at w, [R]."""
         losses = []
         for group in self.groups:
             images, labels = self.next_batch(group)
             weights = self.weights[group]
             loss, gradient = self.gradient(weights, images, labels)
             if self.args.sam_rho > 0:  # the gradient at w + rho * g / ||g||, the step from w
-                perturbed = sam_weights(weights, gradient, self.args.sam_rho)
+                perturbed = sam_perturbed_weights(weights, gradient, self.args.sam_rho)
                 _, gradient = self.gradient(perturbed, images, labels)
             self.sgd(group, gradient)
             losses.append(loss)
@@ -525,28 +542,28 @@ def make_replicas(args: Args, data: tuple[np.ndarray, ...]) -> tuple[Replicas, C
 
 @torch.no_grad()
 def accuracy(replicas: Replicas, images: Tensor, labels: Tensor, index: Tensor) -> list[float]:
-    """Share of images `index` [S, N] whose label in this stage each replica predicts, by replica.
+    """Each replica's accuracy, [R], on the images `index` [S, N] of its seed.
 
-    nan for a replica that has diverged.
+    With the labels of the stage; nan for a replica that has diverged.
     """
     shares = []
     for group in replicas.groups:
-        seeds = replicas.seed_index[group]
+        seed_index = replicas.seed_index[group]
         correct = 0
-        for part in index[seeds].split(replicas.args.batch_size, dim=1):
+        for part in index[seed_index].split(replicas.args.batch_size, dim=1):
             logits = replicas.forward(replicas.weights[group], replicas.standardise(images[part]))
-            true_labels = replicas.class_labels[seeds].gather(1, labels[part])
+            true_labels = replicas.class_labels[seed_index].gather(1, labels[part])
             correct += (logits.argmax(2) == true_labels).sum(1)
         shares.append(correct.double() / index.shape[1])
     return torch.cat(shares).masked_fill(replicas.diverged(), math.nan).tolist()
 
 
 def evaluate(replicas: Replicas, stage: int) -> dict[str, list[float]]:
-    """Accuracy by replica on 10,000 images of the stage, at most, and on the test images."""
+    """Accuracy by replica on the stage's images (10,000 at most) and on the test images."""
     seen = []
     for seed in replicas.seeds:
         images = seen_images(seed, stage, len(replicas.images), replicas.args)
-        rng = np.random.default_rng([seed, MEASURED, stage])
+        rng = np.random.default_rng([seed, EVALUATED, stage])
         seen.append(rng.permutation(images)[:10_000])
     train_index = torch.from_numpy(np.stack(seen)).to(replicas.device)
     test_index = torch.arange(len(replicas.test_images), device=replicas.device)
@@ -576,8 +593,8 @@ def summarise(
 ) -> list[dict]:
     """What result.json says of each setting: accuracies and metrics by seed, means, intervals.
 
-    From [stages][replicas], and metrics by replica: with 2 settings and 3 seeds, replicas 3, 4, 5
-    are the second setting's.
+    Both accuracies are [stages][replicas]: with 2 settings and 3 seeds, replicas 3, 4, 5 are the
+    second setting's.
     """
     sweep = []
     num_seeds = len(test_accuracy[0]) // len(settings)
@@ -625,7 +642,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1), -2 being below 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), by sign: of -2 and 1, 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -665,11 +682,11 @@ def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float]]
     metrics: dict[str, list[float]] = {}
     network = Network(replicas.args).to(replicas.device)
     parameters, diverged = list(network.parameters()), replicas.diverged().tolist()
-    for r, seed in enumerate(replicas.seed_index.tolist()):
+    for r, s in enumerate(replicas.seed_index.tolist()):
         vector_to_parameters(replicas.weights[r], parameters)
-        index = replicas.batches[:, seed].flatten()[:512]
+        index = replicas.batches[:, s].flatten()[:512]
         images = replicas.standardise(replicas.images[index])
-        labels = replicas.class_labels[seed, replicas.labels[index[:32]]]
+        labels = replicas.class_labels[s, replicas.labels[index[:32]]]
         units = active_units(network, partial(network, images))
         values = {f"active_units/{name}": share for name, share in units.items()}
         generator = Generator(replicas.device).manual_seed(stage)
@@ -756,7 +773,7 @@ def load_checkpoint(path: Path, args: Args, tensors: dict) -> Counters:
 
 
 def due(interval: int, count: int) -> bool:
-    """Whether `count` is a multiple of `interval`; never for interval 0."""
+    """Whether `count` is a positive multiple of `interval`; never for interval 0."""
     return interval > 0 and count > 0 and count % interval == 0
 
 
@@ -825,11 +842,15 @@ def catch_stop_signals() -> list[int]:
 
 
 def finish(args: Args, run_dir: Path, counters: Counters, replicas: Replicas) -> None:
-    """Write result.json: where it is, a run is finished. Its first part is the best setting."""
+    """Write result.json: where it is, a run is finished.
+
+    Outside of its `sweep`, accuracies and metrics are the best setting's.
+    """
     measured = (counters.train_accuracy, counters.test_accuracy, counters.metrics)
     sweep = summarise(replicas.settings, *measured)
-    # The best by final accuracy, as in the paper; one with a diverged seed has nan.
+    # The best by final test accuracy; one with a diverged seed has nan.
     best = max(sweep, key=lambda setting: np.nan_to_num(setting["final_accuracy_mean"], nan=-1.0))
+    # The best setting's lists, [seeds][stages], take the place of those in the counters.
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "task": args.task,
@@ -886,10 +907,9 @@ def train(args: Args, run_dir: Path) -> None:
         stage, position = divmod(step - 1, args.updates_per_stage)  # of 500: step 501 is (1, 0)
         stage_over = due(args.updates_per_stage, step)
         log_due = due(args.log_interval, step)
-        last = step == total
 
         # Begin a stage, or go on in the middle of one
-        if position == 0 and due(args.reset_interval, stage):
+        if position == 0 and due(args.reset_interval, stage):  # never before stage 0
             replicas.reset_heads(stage)
         if position == 0 or step == steps.start:
             replicas.start_stage(stage)
@@ -897,7 +917,7 @@ def train(args: Args, run_dir: Path) -> None:
         # Learn
         losses = update()
         if log_due or stage_over:
-            losses_by_replica = losses.tolist()  # waits for the device
+            losses_by_replica = losses.tolist()  # waits: an evaluation's time is not training's
         counters.training_seconds += time.perf_counter() - step_start
 
         # Log
@@ -927,7 +947,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_due = time.perf_counter() - checkpoint_time >= 300
         else:
             checkpoint_due = due(args.checkpoint_interval, step)
-        if args.checkpoint_interval != 0 and (checkpoint_due or last or stop_signals):
+        if args.checkpoint_interval != 0 and (checkpoint_due or stop_signals):
             writer.flush()
             counters.wall_clock_seconds = time.perf_counter() - start_time
             save_checkpoint(checkpoint_path, args, counters, replicas.tensors())
