@@ -50,6 +50,15 @@ class Args:
     seed: int = 10_000  # seed of the environments and the actions
     json: Path | None = None  # write the figures to this file too
 
+    def __post_init__(self) -> None:
+        """Check the flags. tyro prints a ValueError and ends with code 2."""
+        if self.env_id not in RAM:
+            raise ValueError(f"--env-id {self.env_id}: must be one of {', '.join(RAM)}")
+        if self.samples < 10 * NUM_ENVS:
+            raise ValueError(f"--samples must be at least {10 * NUM_ENVS}, not {self.samples}")
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ValueError(f"--json {self.json}: no such directory")
+
 
 def play(env_id: str, samples: int, seed: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Stacks uint8 [n, 4, 84, 84] of random play, the state float [n, values], the environments' numbers [n].
@@ -124,14 +133,7 @@ def r_squared(features: np.ndarray, state: np.ndarray, envs: np.ndarray) -> np.n
 
 def main(args: Args) -> None:
     """Print a row per value of the game's state, and write the figures where --json says."""
-    if args.env_id not in RAM:
-        script.fail(f"--env-id {args.env_id!r}: must be one of {', '.join(RAM)}", 2)
-    if args.samples < 10 * NUM_ENVS:
-        script.fail(f"--samples must be at least {10 * NUM_ENVS}, not {args.samples}", 2)
-    if args.json is not None and not args.json.parent.is_dir():
-        script.fail(f"--json {args.json}: no such directory", 1)
-    pretrained = script.Backbone()
-    pretrained.load_state_dict(script.load_pretrained(args.model))
+    pretrained = script.load_pretrained(str(args.model))
     torch.manual_seed(args.model_seed)  # the encoder is the first thing that pretraining makes
     fresh = script.SimTPR().backbone
     stacks, state, envs = play(args.env_id, args.samples, args.seed)

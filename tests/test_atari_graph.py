@@ -28,18 +28,12 @@ def make(device="cpu", graphs=False, **flags):
     sizes = dict(hidden_dim=16, n_atoms=11, batch_size=4, buffer_size=300, shrink_perturb_alpha=0.6)
     generator = torch.Generator(device).manual_seed(0)
     torch.manual_seed(0)
-    if "freeze_backbone" not in flags:
-        args = atari.Args(device=device, env_id="Pong", cuda_graph=graphs, **sizes, **flags)
-        args.device = "cuda"  # with stand-ins for CUDA's part, also where there is none
-        return atari.make_agent(args, generator)
-    args = finetune.resolve(finetune.Args(device=device, from_scratch=True, **sizes, **flags))
-    agent = finetune.Agent(finetune.Backbone(), 3, 100, args, generator)
-    replay = finetune.ReplayBuffer(300, args.n_step, args.gamma, torch.device(device))
-    update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
-    if graphs:  # as its train() does
-        changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-        update, act = (finetune.capture(f, changed, (generator,)) for f in (update, act))
-    return agent, replay, update, act
+    script = atari
+    if "freeze_backbone" in flags:
+        script, flags = finetune, flags | dict(from_scratch=True)
+    args = script.Args(device=device, env_id="Pong", cuda_graph=graphs, **sizes, **flags)
+    args.device = "cuda"  # with stand-ins for CUDA's part, also where there is none
+    return script.make_agent(args, generator)
 
 
 def fill(replay):
