@@ -595,8 +595,8 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> 
 def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) -> Iterator[None]:
     """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
-    g is what .grad holds, and the norm is over all `parameters` (Algorithms 1 and 2). A parameter
-    without gradient stays. `backup` are tensors of the same shapes, which keep w.
+    g is what .grad holds, and the norm is one over all `parameters`. A parameter without gradient
+    stays. `backup` are tensors of the same shapes, which keep w.
     """
     with torch.no_grad():
         torch._foreach_copy_(backup, parameters)
@@ -1169,9 +1169,10 @@ def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWrite
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """End with one line if the newest losses are not finite: a nan, once there, never leaves."""
-    if not all(math.isfinite(value) for value in losses.values()):
-        sys.exit(f"error: step {step}: loss or gradient is not finite; lower --learning-rate")
+    """End with one line if one of the newest scalars is not finite: a nan never leaves."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            sys.exit(f"error: step {step}: {name} is not finite; lower --learning-rate")
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:

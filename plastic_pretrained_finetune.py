@@ -679,8 +679,8 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> 
 def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) -> Iterator[None]:
     """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
-    g is what .grad holds, and the norm is over all `parameters` (Algorithms 1 and 2). A parameter
-    without gradient stays. `backup` are tensors of the same shapes, which keep w.
+    g is what .grad holds, and the norm is one over all `parameters`. A parameter without gradient
+    stays. `backup` are tensors of the same shapes, which keep w.
     """
     with torch.no_grad():
         torch._foreach_copy_(backup, parameters)
@@ -1546,9 +1546,10 @@ def log_evaluation(writer: SummaryWriter, env_id: str, returns: list[float], ste
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """End with one line if the newest losses are not finite: a nan, once there, never leaves."""
-    if not all(math.isfinite(value) for value in losses.values()):
-        sys.exit(f"error: step {step}: loss or gradient is not finite; lower --learning-rate")
+    """End with one line if one of the newest scalars is not finite: a nan never leaves."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            sys.exit(f"error: step {step}: {name} is not finite; lower --learning-rate")
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
@@ -1700,10 +1701,11 @@ def train(args: Args, run_dir: Path) -> None:
     on_stop_signals(signal.SIG_DFL)
     video = [] if args.capture_video else None
     returns = evaluate(agent.target, args, video)
-    log_evaluation(writer, args.env_id, returns, args.total_timesteps)
-    writer.close()
     counters.wall_clock_seconds = time.perf_counter() - start_time
     finish(args, run_dir, counters, agent, returns, video)
+    # Last: a run that is killed before it has a result evaluates again, and this is logged once.
+    log_evaluation(writer, args.env_id, returns, args.total_timesteps)
+    writer.close()
 
 
 def finish_pretraining(
@@ -1785,9 +1787,10 @@ def pretrain(args: Args, run_dir: Path) -> None:
         # Learn
         frames = torch.from_numpy(videos).to(args.device)
         losses = pretrain_update(network, optimizer, frames, args, generator)
-        if not all(math.isfinite(value) for value in losses.values()):
-            problem = "loss or gradient is not finite; lower --pretrain-learning-rate"
-            sys.exit(f"error: update {update}: {problem}")
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                advice = "lower --pretrain-learning-rate"
+                sys.exit(f"error: update {update}: {name} is not finite; {advice}")
 
         # Log: of each block, the mean loss
         before = counters.final_loss * (number - 1)

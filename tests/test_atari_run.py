@@ -342,16 +342,19 @@ def test_a_file_takes_its_place_when_it_is_on_disk(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new"
 
 
-def test_an_interrupted_evaluation_is_repeated_and_only_that(tmp_path, train, monkeypatch):
-    evaluate = atari.evaluate
-    monkeypatch.setattr(atari, "evaluate", lambda *_: 1 / 0)
+@pytest.mark.parametrize("name", ["evaluate", "finish"])
+def test_an_interrupted_end_is_repeated_and_only_that(tmp_path, train, monkeypatch, name):
+    original = getattr(atari, name)
+    monkeypatch.setattr(atari, name, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(Recording(), make_args(tmp_path))
-    monkeypatch.setattr(atari, "evaluate", evaluate)
+    monkeypatch.setattr(atari, name, original)
     recording = Recording()
     train(recording, make_args(tmp_path, resume=True))
     assert recording.actions == []
     assert read_result(tmp_path / "Alien__x__1")["resumed_at"] == [60]
+    logged = scalars(tmp_path / "Alien__x__1")
+    assert [step for step, _ in logged["eval/mean_return"]] == [60]
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path, train):
@@ -375,14 +378,14 @@ def test_numbers_that_are_not_finite_end_the_run_before_its_next_checkpoint(
     recording, original = Recording(), atari.cross_entropy
     faulty = lambda *call: original(*call) * (math.nan if recording.step_number == 35 else 1)  # noqa: E731
     monkeypatch.setattr(atari, "cross_entropy", faulty)
-    with pytest.raises(SystemExit, match="step 40: loss or gradient is not finite"):
+    with pytest.raises(SystemExit, match="step 40: td_loss is not finite"):
         train(recording, make_args(tmp_path, checkpoint_interval=10))
     run_dir = tmp_path / "Alien__x__1"
     checkpoint = torch.load(run_dir / "checkpoint.pth", weights_only=True)
     assert checkpoint["counters"]["env_steps"] == 30
     assert all(tensor.isfinite().all() for tensor in checkpoint["tensors"].values())
     assert not (run_dir / "result.json").exists()
-    with pytest.raises(SystemExit, match="step 36: loss or gradient is not finite"):
+    with pytest.raises(SystemExit, match="step 36: td_loss is not finite"):
         recording.step_number = 0
         train(recording, make_args(tmp_path, overwrite=True, log_interval=12))
 

@@ -337,15 +337,17 @@ def test_what_a_dead_process_logged_after_its_checkpoint_is_not_shown(tmp_path, 
     assert [step for step, _ in logged["losses/td_loss"]] == list(range(25, 81))
 
 
-def test_an_interrupted_evaluation_is_repeated_and_only_that(tmp_path, train, monkeypatch):
-    evaluate = dmc.evaluate
-    monkeypatch.setattr(dmc, "evaluate", lambda *_: 1 / 0)
+@pytest.mark.parametrize("name", ["evaluate", "finish"])
+def test_an_interrupted_end_is_repeated_and_only_that(tmp_path, train, monkeypatch, name):
+    original = getattr(dmc, name)
+    monkeypatch.setattr(dmc, name, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(Scripted(), make_args(tmp_path))
-    monkeypatch.setattr(dmc, "evaluate", evaluate)
+    monkeypatch.setattr(dmc, name, original)
     train(env := Scripted(), make_args(tmp_path, resume=True))
     assert env.actions == []
     assert read_result(tmp_path / NAME)["resumed_at"] == [80]
+    assert [step for step, _ in scalars(tmp_path / NAME)["eval/mean_return"]] == [80]
 
 
 def test_weights_that_are_not_finite_end_the_run_before_its_next_checkpoint(
@@ -357,7 +359,7 @@ def test_weights_that_are_not_finite_end_the_run_before_its_next_checkpoint(
     # At once, where a checkpoint is due; else the next action tells.
     for step, flags in ((40, dict(checkpoint_interval=10)), (41, dict(checkpoint_interval=25))):
         env.actions = []
-        with pytest.raises(SystemExit, match=f"step {step}: loss or gradient is not finite"):
+        with pytest.raises(SystemExit, match=f"step {step}: td_loss is not finite"):
             train(env, make_args(tmp_path, overwrite=True, **flags))
         checkpoint = torch.load(tmp_path / NAME / "checkpoint.pth", weights_only=True)
         assert checkpoint["counters"]["agent_steps"] == (30 if step == 40 else 25)

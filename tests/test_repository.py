@@ -73,14 +73,14 @@ def test_header_names_what_the_script_imports(script):
 
 
 OWN = set(  # of the same name and purpose in several scripts, but about each one's own data
-    "Args Counters resolve run train save_checkpoint load_checkpoint memory_needed "
-    "plasticity_metrics Agent QNetwork make_agent evaluation_due evaluate_saved".split()
+    "Args Counters run train save_checkpoint load_checkpoint plasticity_metrics Agent QNetwork "
+    "make_agent evaluate_saved".split()
 )
 OWN_IN_DMC = set(  # the others play Atari
-    "Batch ReplayBuffer make_generators make_agent evaluate summary save_gif start_logging "
-    "finish".split()
+    "Batch ReplayBuffer make_generators evaluate summary save_gif start_logging finish".split()
 )
-OWN_IN_SYNTH = set("evaluate start_logging remove_old_files finish".split())  # no episodes, no models
+# It has neither episodes nor models.
+OWN_IN_SYNTH = set("evaluate start_logging remove_old_files finish".split())
 
 
 def test_components_that_scripts_share_are_the_same_word_for_word():
