@@ -23,7 +23,7 @@ The other interventions are sam_perturbed, reset_head and shrink_and_perturb.
 Two clocks tick: steps of the environment (4 frames each) and gradient updates. Resets count
 updates: 40,000 of them are 20,000 steps at replay ratio 2.
 
-Where it departs from the paper's text (README.md has the paper, the release and this file):
+Where it departs from the paper's text (README.md has the whole table):
 - Adam's epsilon is 1.5e-4: the paper's 0.000015 is a digit slip (--adam-eps).
 - LayerNorm is in the backbone alone, as the main text has it; appendix A.3 adds the fully
   connected layers (--layer-norm-scope).

@@ -24,7 +24,7 @@ Agent.reset. Three clocks tick: steps of the environment, steps of the agent (ea
 action 2 or 4 times) and gradient updates. Resets count updates: every 100,000, which at one update
 per step are as many steps of the agent.
 
-Where it departs from the paper's text (README.md has the paper, the release and this file):
+Where it departs from the paper's text (README.md has the whole table):
 - Algorithm 2 bootstraps from an action drawn at s, and squares the policy's loss, with the sign of
   an ascent: misprints.
 - Critic, target network, actor and temperature are updated one after the other, as released;

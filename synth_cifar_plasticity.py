@@ -25,7 +25,7 @@ and settings, a row each. The other intervention is Replicas.reset_heads.
 Two clocks tick: gradient updates, which the loop calls steps, and stages of 500 updates each.
 Resets count stages. A setting is a pair of learning rate and weight decay.
 
-Where it departs from the paper's text or fills it in (README.md has paper, release and this file):
+Where it departs from the paper's text or fills it in (README.md has the whole table):
 - The paper sweeps learning rate and weight decay, and does not say how it chose; the default is one
   setting, and of several the best by final test accuracy is reported.
 - Momentum is 0.9, and zeroed in the head at a reset; the paper does not say (--momentum).

@@ -767,21 +767,14 @@ def test_a_refused_aggregate_in_a_file(tmp_path, capsys):
     assert "none beside it" in capsys.readouterr().err
 
 
-def test_readme_shows_what_its_results_give(tmp_path, capsys, monkeypatch, figures):
+def test_the_results_page_shows_what_its_results_give(tmp_path, monkeypatch, figures):
     """Its tables are those that the results in the repository give; its figures are there."""
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text()
-    copy = tmp_path / "README.md"
+    text = (ROOT / "benchmark" / "RESULTS.md").read_text()
+    copy = tmp_path / "RESULTS.md"
     copy.write_text(text)
     assert report.main(report.Args(readme=copy)) == 0
     assert copy.read_text() == text
-    shown = re.findall(r"\]\((benchmark/results/[^)]+\.png)\)", text)
+    shown = re.findall(r"\]\((results/[^)]+\.png)\)", text)
     assert shown
-    assert all((ROOT / path).exists() for path in shown)
-    assert {Path(path).name for path in shown} <= figures.keys()
-
-
-def test_figures_are_written_as_pictures(tmp_path):
-    write_run(tmp_path, "Pong", "base", 1, 0.0, scalars={"eval/mean_return": [(10, 1.0)]})
-    report.main(report.Args(runs=(tmp_path,), plot=tmp_path / "plots"))
-    assert (tmp_path / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert all((ROOT / "benchmark" / path).exists() for path in shown)

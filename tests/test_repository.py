@@ -160,8 +160,10 @@ def test_readme_names_only_flags_that_exist():
 
 def test_readme_names_only_functions_that_exist():
     """The map from the paper to the code."""
-    section = README.split("## From the paper to the code")[1].split("\n## ")[0]
-    names = re.findall(r"`([A-Za-z_.]+)(?:\(\))?`", section)
+    section = README.split("## The interventions, and where the paper is in the code")[1]
+    rows = section.split("\n## ")[0].split("| method (Atari) | flags |")[0].splitlines()
+    cells = [row.rstrip(" |").rsplit("|", 1)[-1] for row in rows if row.startswith("|")]
+    names = re.findall(r"`([A-Za-z_.]+)`", " ".join(cells))
     defined = set()
     for node in [node for script in SCRIPTS for node in ast.parse(script.read_text()).body]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -170,5 +172,25 @@ def test_readme_names_only_functions_that_exist():
             defined |= {
                 f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)
             }
-    assert len(names) > 10
+    assert len(names) > 20
     assert set(names) <= defined
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"benchmark/{p.name}" for p in (ROOT / "benchmark").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", text)):
+        if target.startswith("https:"):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in [h.lower().replace(",", "").replace(" ", "-") for h in headings]
+
+
+def test_readme_takes_five_minutes():
+    assert len(README.encode()) <= 16_000
+    assert "![" in README[:1_600]  # a picture on the first screen
