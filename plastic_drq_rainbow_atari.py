@@ -159,7 +159,8 @@ class Args:
         if self.env_id not in GAMES:
             closest = difflib.get_close_matches(self.env_id, GAMES, n=1, cutoff=0)[0]
             raise ValueError(f"--env-id {self.env_id}: no such game, the closest is {closest}")
-        if "/" in self.exp_name or self.exp_name in ("", ".", ".."):
+        name = self.exp_name  # part of a directory's name, and printed
+        if "/" in name or name in ("", ".", "..") or not name.isprintable():
             raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
@@ -1019,8 +1020,6 @@ def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> 
             for name, generator in generators.items():
                 generator.set_state(checkpoint["generators"][name])
         return Counters(**checkpoint["counters"])
-    except OSError:
-        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = f"not a checkpoint of this script ({type(error).__name__})"
         sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
@@ -1134,7 +1133,6 @@ def finish(
     content = json.dumps(result, indent=2).encode()
     write_atomically(run_dir / "result.json", lambda file: file.write(content))
     (run_dir / "checkpoint.pth").unlink(missing_ok=True)
-    print(f"{summary(args.env_id, returns)}; {run_dir / 'result.json'}")
 
 
 def train(args: Args, run_dir: Path) -> None:
@@ -1218,21 +1216,21 @@ def train(args: Args, run_dir: Path) -> None:
             log_evaluation(writer, args.env_id, evaluate(agent.target, args), step)
 
         # Checkpoint
-        if stop_signals:
-            progress.close()
-            print(f"stopping after step {step}", file=sys.stderr)
+        stopping = list(stop_signals)  # read once: a signal may come at any line
         if args.checkpoint_interval == "auto":
             checkpoint_due = time.perf_counter() - checkpoint_time >= 300
         else:
             checkpoint_due = due(args.checkpoint_interval, step)
-        if args.checkpoint_interval != 0 and (checkpoint_due or last or stop_signals):
+        if args.checkpoint_interval != 0 and (checkpoint_due or last or stopping):
             check_finite(losses, step)
             writer.flush()
             counters.wall_clock_seconds = time.perf_counter() - start_time
             save_checkpoint(checkpoint_path, args, counters, generators, tensors)
             checkpoint_time = time.perf_counter()
-        if stop_signals:
-            sys.exit(128 + stop_signals[0])
+        if stopping:
+            progress.close()
+            print(f"stopped after step {step}", file=sys.stderr)
+            sys.exit(128 + stopping[0])
 
     # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
     on_stop_signals(signal.SIG_DFL)
@@ -1243,6 +1241,7 @@ def train(args: Args, run_dir: Path) -> None:
     # Last: a run that is killed before it has a result evaluates again, and this is logged once.
     log_evaluation(writer, args.env_id, returns, args.total_timesteps)
     writer.close()
+    print(f"{summary(args.env_id, returns)}; {run_dir / 'result.json'}")
 
 
 def run(args: Args) -> None:

@@ -155,7 +155,8 @@ class Args:
             if size < 3:
                 raise ValueError(f"--conv-strides {self.conv_strides} leave no pixel")
             size = (size - 3) // stride + 1  # 32, 10, 3, 1 with strides 3, 3, 1
-        if "/" in self.exp_name or self.exp_name in ("", ".", ".."):
+        name = self.exp_name  # part of a directory's name, and printed
+        if "/" in name or name in ("", ".", "..") or not name.isprintable():
             raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
@@ -199,7 +200,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         labels = np.array(batch[b"labels"], np.int64)
         data = bytearray(data)  # not bytes: PyTorch wants an array that it could write to
         images = np.frombuffer(data, np.uint8).reshape(len(labels), 3, 32, 32)
-        if by_columns or labels.min() < 0 or labels.max() > 9:
+        if by_columns or labels.ndim != 1 or labels.min() < 0 or labels.max() > 9:
             raise ValueError
         return images, labels
     except OSError:
@@ -217,7 +218,10 @@ def download(directory: Path) -> None:
         if directory.exists():
             return
         archive = f"{temporary}/cifar-10-python.tar.gz"
-        torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
+        try:
+            torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
+        except RuntimeError as error:  # not the archive
+            sys.exit(f"error: {URL}: {error}")
         with tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")
         os.replace(f"{temporary}/cifar-10-batches-py", directory)
@@ -762,8 +766,6 @@ def load_checkpoint(path: Path, args: Args, tensors: dict) -> Counters:
         for name, tensor in tensors.items():
             tensor.copy_(checkpoint["tensors"][name])
         return Counters(**checkpoint["counters"])
-    except OSError:
-        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = f"not a checkpoint of this script ({type(error).__name__})"
         sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
@@ -940,20 +942,20 @@ def train(args: Args, run_dir: Path) -> None:
                 log_means(writer, f"plasticity/{name}", replicas.settings, values, step)
 
         # Checkpoint
-        if stop_signals:
-            progress.close()
-            print(f"stopping after update {step}", file=sys.stderr)
+        stopping = list(stop_signals)  # read once: a signal may come at any line
         if args.checkpoint_interval == "auto":
             checkpoint_due = time.perf_counter() - checkpoint_time >= 300
         else:
             checkpoint_due = due(args.checkpoint_interval, step)
-        if args.checkpoint_interval != 0 and (checkpoint_due or stop_signals):
+        if args.checkpoint_interval != 0 and (checkpoint_due or stopping):
             writer.flush()
             counters.wall_clock_seconds = time.perf_counter() - start_time
             save_checkpoint(checkpoint_path, args, counters, replicas.tensors())
             checkpoint_time = time.perf_counter()
-        if stop_signals:
-            sys.exit(128 + stop_signals[0])
+        if stopping:
+            progress.close()
+            print(f"stopped after update {step}", file=sys.stderr)
+            sys.exit(128 + stopping[0])
 
     on_stop_signals(signal.SIG_DFL)
     writer.close()

@@ -542,7 +542,7 @@ BAD_FLAGS = {  # and a word that the message must have
     "--checkpoint-interval -1": "--checkpoint-interval", "--resume --overwrite": "--overwrite",
     "--checkpoint-interval often": "--checkpoint-interval", "--no-such-flag 1": "no-such-flag",
     "--sam-scope foot": "--sam-scope", "--evaluate missing.pth": "missing.pth",
-    "--exp-name a/": "--exp-name",
+    "--exp-name a/": "--exp-name", "--exp-name bell\a": "--exp-name",
 }  # fmt: skip
 if find_spec("wandb") is None:
     BAD_FLAGS["--track"] = "pip install wandb"
@@ -672,9 +672,21 @@ def test_a_signal_writes_a_last_checkpoint_and_the_run_goes_on_from_there(tmp_pa
     process.send_signal(signum)
     _, error = process.communicate(timeout=60)
     step = torch.load(run_dir / "checkpoint.pth", weights_only=True)["counters"]["env_steps"]
-    assert (process.returncode, error.splitlines()[1:]) == (code, [f"stopping after step {step}"])
+    assert (process.returncode, error.splitlines()[1:]) == (code, [f"stopped after step {step}"])
     assert 20 <= step < 250
     assert finish(tmp_path, 250)["resumed_at"] == [step]
+
+
+def test_a_signal_leaves_a_checkpoint_also_where_nobody_reads_the_messages(tmp_path):
+    """As with `2>&1 | tee log` and Ctrl-C, of which tee dies first."""
+    run_dir = tmp_path / "Alien__x__1"
+    process = start(tmp_path, "--total-timesteps 100000")
+    wait_for(lambda: learning(run_dir), process)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    checkpoint = torch.load(run_dir / "checkpoint.pth", weights_only=True)
+    assert checkpoint["counters"]["env_steps"] >= 20
 
 
 def test_a_signal_during_the_last_evaluation_ends_it_at_once(tmp_path):

@@ -615,9 +615,20 @@ def test_a_signal_writes_a_last_checkpoint_and_the_run_goes_on_from_there(tmp_pa
     _, error = process.communicate(timeout=60)
     checkpoint = torch.load(tmp_path / NAME / "checkpoint.pth", weights_only=True)
     step = checkpoint["counters"]["agent_steps"]
-    assert (process.returncode, error.splitlines()[1:]) == (code, [f"stopping after step {step}"])
+    assert (process.returncode, error.splitlines()[1:]) == (code, [f"stopped after step {step}"])
     assert 20 <= step < 800
     assert finish(tmp_path, 800, "--resume")["resumed_at"] == [step]
+
+
+def test_a_signal_leaves_a_checkpoint_also_where_nobody_reads_the_messages(tmp_path):
+    """As with `2>&1 | tee log` and Ctrl-C, of which tee dies first."""
+    process = start(tmp_path, "--total-timesteps 1000000")
+    wait_for(lambda: learning(tmp_path / NAME), process)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    checkpoint = torch.load(tmp_path / NAME / "checkpoint.pth", weights_only=True)
+    assert checkpoint["counters"]["agent_steps"] >= 20
 
 
 def test_a_signal_during_the_last_evaluation_ends_it_at_once(tmp_path):

@@ -554,7 +554,7 @@ def test_a_signal_writes_a_last_checkpoint_and_a_pretraining_goes_on(tmp_path, s
     update = checkpoint["counters"]["gradient_updates"]
     assert (process.returncode, error.splitlines()[1:]) == (
         code,
-        [f"stopping after update {update}"],
+        [f"stopped after update {update}"],
     )
     script(tmp_path, flags)
     assert read_result(run_dir)["resumed_at"] == [update]

@@ -532,7 +532,7 @@ def test_a_signal_writes_a_last_checkpoint_and_the_run_goes_on(data_dir, run_dir
     checkpoint = torch.load(run_dir / "checkpoint.pth", weights_only=True)
     updates = checkpoint["counters"]["gradient_updates"]
     assert process.returncode == code
-    assert error.splitlines()[1:] == [f"stopping after update {updates}"]
+    assert error.splitlines()[1:] == [f"stopped after update {updates}"]
     assert 0 < updates < 200
     assert finish(data_dir, run_dir)["resumed_at"] == [updates]
 
