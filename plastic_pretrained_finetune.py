@@ -11,7 +11,8 @@ Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement 
 (NeurIPS 2023), section 4.4, Table 3. The encoder and its pretraining are those of SimTPR (Lee et
 al., 2023); the head and the rest are those of plastic_drq_rainbow_atari.py.
 
-An encoder pretrained on random play that is recorded here; the base on it; SAM and Reset† on it:
+Pretrain an encoder on random play that is recorded here; train the base on it; then with SAM and
+Reset†, which is a fresh head and an encoder pulled towards fresh weights:
 
     python plastic_pretrained_finetune.py --env-id Pong --mode pretrain
     python plastic_pretrained_finetune.py --env-id Pong --exp-name base \
@@ -21,10 +22,11 @@ An encoder pretrained on random play that is recorded here; the base on it; SAM 
 
 Read Agent.update first, which is Algorithm 1 on a frozen Backbone, then train, the loop around it.
 Agent.reset is Reset†: reset_head for the head, shrink_towards for the encoder. What is not about
-the encoder is as in the Atari script, word for word. For the pretraining, read pretraining_loss,
-which is SimTPR's, then pretrain, the loop around it; read_videos has the data.
+the encoder is as in the Atari script, word for word; make_backbone, that script's encoder, is here
+for --collect-model alone. For the pretraining, read pretraining_loss, after SimTPR's, then
+pretrain, the loop around it; read_videos has the data.
 Two clocks tick in train: steps of the environment (4 frames each) and gradient updates, which
-resets count. In pretrain updates alone tick.
+resets count. In pretrain: updates, and blocks of 20,000 frames of video, by which it logs.
 
 Where it departs from the paper (README.md has the whole table):
 - The paper takes SimTPR's published encoder. Here it is one that --mode pretrain made, on random
@@ -45,7 +47,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -89,18 +90,18 @@ class Args:
     cuda_graph: bool = True  # update and choice of an action as CUDA graphs (no effect on the CPU)
     torch_threads: int = 0  # PyTorch's CPU threads (0 = its own choice, at most 8)
     resume: bool = False  # continue an unfinished run, begin a new one, leave a finished one alone
-    # steps, in pretraining blocks of video, between checkpoints (auto = 5 minutes, 0 = off)
+    # between checkpoints: steps, or blocks of video in pretraining (auto = 5 minutes, 0 = off)
     checkpoint_interval: Literal["auto"] | int = "auto"
     overwrite: bool = False  # replace a run of the same name, finished or not
 
     # Encoder
     pretrained_path: str | None = None  # weights in SimTPR's published layout
-    from_scratch: bool = False  # an encoder without pretrained weights
+    from_scratch: bool = False  # a random encoder (frozen, too, unless --no-freeze-backbone)
     freeze_backbone: bool = True  # train the head alone
 
     # Pretraining
     video_dir: str | None = None  # the DQN Replay dataset's files of the game (none = record some)
-    collect_steps: int = 100_000  # frames to record
+    collect_steps: int = 100_000  # steps to record, one frame of each
     # who plays what is recorded: checkpoint = --collect-model, with 1% random actions
     collect_policy: Literal["random", "checkpoint"] = "random"
     collect_model: str | None = None  # a model that plastic_drq_rainbow_atari.py saved
@@ -115,7 +116,7 @@ class Args:
     replay_ratio: int = 2  # gradient updates per step
     batch_size: int = 32  # transitions per update
     learning_starts: int = 2_000  # random actions up to this step, which has the first update, too
-    learning_rate: float = 3e-5  # of Adam
+    learning_rate: float = 3e-5  # of Adam (the paper is silent)
     adam_eps: float = 1.5e-4  # epsilon of Adam
     max_grad_norm: float = 10.0  # largest norm of the gradient that is applied
     gamma: float = 0.99  # discount factor
@@ -134,7 +135,7 @@ class Args:
 
     # Plasticity interventions
     layer_norm: bool = False  # LayerNorm in the head's hidden layers
-    # as in plastic_drq_rainbow_atari.py; the encoder has BatchNorm
+    # the head alone can have it, as the encoder has BatchNorm
     layer_norm_scope: Literal["all"] = "all"
     crelu: bool = False  # concatenated ReLU in the head
     sam_rho: float = 0.0  # radius of the SAM perturbation of all that is trained (0 = off)
@@ -207,17 +208,19 @@ class Args:
             self.torch_threads = min(torch.get_num_threads(), 8)
 
     def check_mode(self) -> None:
-        """Each mode has flags of its own: those that it needs, and those that it would ignore."""
+        """Each mode needs flags of its own; files given to the wrong one are refused."""
         encoder, video, player = self.pretrained_path, self.video_dir, self.collect_model
         if self.mode == "finetune":
             if (encoder is None) != self.from_scratch:
                 ways = "--pretrained-path FILE (--mode pretrain makes one) or --from-scratch"
                 raise ValueError(f"{ways}: pass one of them")
-            if video is not None or player is not None:
-                raise ValueError("--video-dir and --collect-model are of --mode pretrain")
+            if video is not None or player is not None or self.collect_policy != "random":
+                raise ValueError("--video-dir and --collect-... are of --mode pretrain")
         else:
             if encoder is not None or self.from_scratch:
                 raise ValueError("--pretrained-path and --from-scratch are of --mode finetune")
+            if self.track:
+                raise ValueError("--track is of --mode finetune")
             if (self.collect_policy == "checkpoint") != (player is not None):
                 raise ValueError("--collect-policy checkpoint and --collect-model FILE go together")
             if video is not None and player is not None:
@@ -387,13 +390,13 @@ class ResidualConv(nn.Conv2d):
 
 
 class DownConv(ResidualConv):
-    """The strided convolution beside a residual block."""
+    """The shortcut of a strided block."""
 
     scale = 1.0
 
 
 class ZeroBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose scale starts at 0, so that its block starts as what is beside it."""
+    """BatchNorm whose scale starts at 0, so that at first a block is its shortcut alone."""
 
     def reset_parameters(self) -> None:
         """Fresh parameters, in place."""
@@ -402,9 +405,10 @@ class ZeroBatchNorm(nn.BatchNorm2d):
 
 
 class InvertedResidual(nn.Module):
-    """1x1, depthwise 3x3 and 1x1 convolution: [B, C, H, W] -> [B, out, H / stride, W / stride].
+    """MobileNetV2's block (Sandler et al., 2018): 1x1, depthwise 3x3 and 1x1 convolution.
 
-    Beside them stands the identity or, where strided, a convolution.
+    [B, C, H, W] -> [B, out, H / stride, W / stride]. The shortcut is the identity or, where
+    strided, a convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -429,7 +433,10 @@ class InvertedResidual(nn.Module):
 
 
 class Backbone(nn.Module):
-    """SimTPR's encoder: 30 convolutions, and state_dict keys as in its published files."""
+    """SimTPR's encoder: nine blocks of three convolutions, and three shortcuts.
+
+    Its state_dict has the keys of the published files.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -457,7 +464,7 @@ def load_pretrained(path: str) -> Backbone:
         raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = " ".join(f"{type(error).__name__}: {error}".split())  # in one line
-        sys.exit(f"error: {path}: not an encoder in SimTPR's layout ({problem})")
+        sys.exit(f"error: {path}: not an encoder in SimTPR's layout ({problem[:2_000]})")
     return backbone
 
 
@@ -488,7 +495,7 @@ class QNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1] [B, 4, 84, 84] -> log-probabilities, [B, num_actions, n_atoms].
 
-        The backbone's features of images, [B, 3136], do as well.
+        Or their features [B, 3136], where a frozen backbone ran before.
         """
         features = self.backbone(images) if images.dim() == 4 else images
         # The gradients of both streams add up here, so they are scaled by 1/sqrt(2) (Wang et al.,
@@ -720,7 +727,8 @@ def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam
 def shrink_towards(anchor: list[Tensor], networks: tuple[nn.Module, ...], alpha: float) -> None:
     """Encoder w <- alpha * w + (1 - alpha) * phi in all networks, in place (section 4.3).
 
-    phi is the anchor: tensors of the encoder's parameters' shapes.
+    phi is the anchor: tensors of the encoder's parameters' shapes. BatchNorm's statistics stay.
+    With alpha 0.6, four resets leave 13% of a frozen encoder's weights.
     """
     for network in networks:
         for w, phi in zip(network.backbone.parameters(), anchor, strict=True):
@@ -878,7 +886,7 @@ class Agent:
     def tensors(self) -> dict[str, Tensor]:
         """What update() and reset() change in place, generators and replay priorities aside.
 
-        And the encoder's first weights, which are a reset's anchor: its file may change meanwhile.
+        Also the encoder's first weights, a reset's anchor: its file may change meanwhile.
         """
         tensors = {"updates": self.updates}
         for name, network in (("online", self.online), ("target", self.target)):
@@ -1270,7 +1278,8 @@ def prediction_loss(predictions: Tensor, projections: Tensor) -> Tensor:
 def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) -> Tensor:
     """Barlow Twins between two views' projections (Zbontar et al., 2021): [N, T, D] x 2 -> scalar.
 
-    The projections are normalised first; what is the same in both views is to be in all of D.
+    The projections are normalised first. Each of the D features should agree between the views
+    (diagonal 1) and repeat no other one (off the diagonal 0).
     """
 
     def standardise(z: Tensor) -> Tensor:
@@ -1286,7 +1295,8 @@ def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) 
 def pretraining_loss(network: SimTPR, frames: Tensor, args: Args, generator: Generator) -> Tensor:
     """SimTPR's loss of videos, uint8 [N, T + 3, 84, 84], of T stacks each.
 
-    Two augmented views, with one draw per video; each predicts the other's next projections.
+    Two augmented views; each predicts the other's next projections. The frames stand where
+    augment() has channels: one draw per video.
     """
     views = []
     for _ in range(2):
@@ -1305,7 +1315,7 @@ def pretrain_update(
     loss = pretraining_loss(network, frames, args, generator)
     optimizer.zero_grad()
     loss.backward()
-    gradient_norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+    gradient_norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)  # as in SimTPR
     optimizer.step()
     return {"loss": loss.detach(), "gradient_norm": gradient_norm}
 
@@ -1354,12 +1364,12 @@ def open_array(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
     try:
         with gzip.open(path) as file:
             np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if dtype.itemsize != 1:
-                raise ValueError(f"holds {dtype}, not uint8")
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.itemsize != 1 or by_columns:
+                raise ValueError(f"holds {dtype}, not uint8, or by columns")
             yield file, shape
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        sys.exit(f"error: {path}: {error}")
+    except Exception as error:  # a foreign file can raise anything
+        sys.exit(f"error: {path}: {' '.join(str(error).split())}")
 
 
 def count_frames(files: list[tuple[Path, Path]]) -> int:
@@ -1376,8 +1386,11 @@ def count_frames(files: list[tuple[Path, Path]]) -> int:
 def read_array(path: Path, block: int) -> Iterator[np.ndarray]:
     """The array uint8 [num, ...] of a gzip file in blocks [n, ...], n <= block."""
     with open_array(path) as (file, (num, *shape)):
-        for _ in range(0, num, block):
-            content = file.read(block * math.prod(shape))
+        for start in range(0, num, block):
+            size = min(block, num - start) * math.prod(shape)
+            content = file.read(size)
+            if len(content) < size:
+                raise EOFError("ends before its last frame")
             yield np.frombuffer(content, np.uint8).reshape(-1, *shape)
         file.read(1)  # at its end, gzip compares the checksum
 
@@ -1429,7 +1442,7 @@ def video_batches(
 
 
 def load_player(path: str, env_id: str) -> QNetwork:
-    """The network, without noise, of a model that plastic_drq_rainbow_atari.py saved."""
+    """The network of a model that plastic_drq_rainbow_atari.py saved: without noise, on the CPU."""
     try:
         model = torch.load(path, map_location="cpu", weights_only=True)
         args = SimpleNamespace(**model["args"])
@@ -1729,18 +1742,20 @@ def finish_pretraining(
     print(f"{args.env_id}: loss {loss:.3f} after {updates:,} updates; {model_path}")
 
 
-def prepare_videos(args: Args, run_dir: Path, counters: PretrainingCounters) -> list:
+def prepare_videos(
+    args: Args, run_dir: Path, counters: PretrainingCounters
+) -> list[tuple[Path, Path]]:
     """The files of the videos to learn from: those of --video-dir, or recorded ones.
 
-    A recording that is there is used; with --overwrite it is made anew, and the same flags make the
-    same bytes. A continued run must find as many frames as it had before.
+    A recording is used where a checkpoint vouches for it, and else made anew: the same flags make
+    the same bytes. A continued run must find as many frames as it had before.
     """
     recording = tuple(run_dir / name for name in RECORDED)
     if args.video_dir is not None:
         files = video_files(Path(args.video_dir))
     else:
         files = [recording]
-        if args.overwrite or not all(path.exists() for path in recording):
+        if counters.frames == 0 or not all(path.exists() for path in recording):
             model = args.collect_model
             record(run_dir, None if model is None else load_player(model, args.env_id), args)
     num_frames, directory = count_frames(files), args.video_dir or run_dir
@@ -1763,6 +1778,10 @@ def pretrain(args: Args, run_dir: Path) -> None:
         counters.resumed_at.append(counters.gradient_updates)
     counters.git_commit = git_commit()
     files = prepare_videos(args, run_dir, counters)
+    batches = islice(video_batches(files, args), counters.gradient_updates, None)
+    first = list(islice(batches, 1))  # read here, so that spoilt videos replace no old run
+    if not first and counters.gradient_updates == 0:
+        sys.exit("error: the videos' episodes make no batch of sequences; lower --pretrain-length")
 
     if args.overwrite:  # now that nothing more can keep the new run from beginning
         remove_old_files(run_dir)
@@ -1774,9 +1793,9 @@ def pretrain(args: Args, run_dir: Path) -> None:
     start_time = time.perf_counter() - counters.wall_clock_seconds
     checkpoint_time = time.perf_counter()
     stop_signals = catch_stop_signals()
-    batches = islice(video_batches(files, args), counters.gradient_updates, None)
     # At most: what is left of a block makes no batch.
     total = args.pretrain_epochs * counters.frames // (args.pretrain_batch_size * args.video_length)
+    batches = chain(first, batches)
     progress = tqdm(batches, args.env_id, total, initial=counters.gradient_updates, disable=None)
     for block, number, num_batches, videos in progress:
         counters.blocks = block
@@ -1815,8 +1834,6 @@ def pretrain(args: Args, run_dir: Path) -> None:
 
     on_stop_signals(signal.SIG_DFL)
     writer.close()
-    if counters.gradient_updates == 0:
-        sys.exit("error: the videos' episodes make no batch of sequences; lower --pretrain-length")
     counters.wall_clock_seconds = time.perf_counter() - start_time
     finish_pretraining(args, run_dir, counters, network)
 

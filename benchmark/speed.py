@@ -1,55 +1,174 @@
-"""How long an update takes, what each part of it takes, and what a full run would take.
+"""How long the scripts' updates take, by part, how long a full run would take, and its memory.
 
     python benchmark/speed.py --device cpu
 
-An update is timed as the script runs it (CUDA: as a graph). Its parts are timed inside real, eager updates (CUDA: with
-device events, so their shares are those of eager updates); what no part covers is "other". Medians after a warm-up;
-nothing else should run on the machine. The floor is what the update's arithmetic and memory traffic would take at the
-speeds that this machine reaches in a plain matrix product and a plain copy, measured in the same run. Machines drift,
-so all methods of a script are held ready (about 1 GB each) and measured in turn; the figures are medians over rounds.
+Figures of each method, printed and in --json; those that end in _ms are medians in milliseconds:
 
-For comparison, base with one choice made the other way: "two products" (the noisy layers' noise as a matrix product of
-its own, the weights never composed), "contiguous" (images and convolutions in PyTorch's default layout), "loop Adam"
-(parameter by parameter); and base and PLASTIC "plain": contiguous and loop Adam together, as one would first write it.
-On CUDA these run eagerly: compare them by eager_update_ms.
+- update_ms: one gradient update as the script runs it (CUDA: as a graph)
+- act_ms: the choice of one action, until the host has it
+- env_step_ms: one step of the environment, stored (DMC: an agent step); render_ms: its frame alone
+- eager_update_ms, parts_ms: an update without a graph, and its parts (CUDA: it waits for the device
+  around each part). Of parts within parts the outer one counts; what no part covers is "other"
+- full_run_hours_without_evaluation: all updates and steps of a run, one after the other
+- memory_gib: what a method takes until it has made an update (CUDA: at its peak; CPU: by how much
+  the process grew: the first method pays for PyTorch, and a later one may reuse what it let go)
 
-DrQ-SAC is measured on quadruped-run; its ms per interaction are those of one agent step: two of the simulation, and one
-frame, rendered as the suite does or fast. (quick: batches of 16.)
-
-On the pretrained encoder, base is also measured with the encoder run in each of the update's passes instead of once
-("each pass"), in PyTorch's default layout ("contiguous"), and with the encoder trained too ("not frozen"). Its weights
-are random here.
-
-The synthetic experiment trains its seeds side by side: its figures are for 1, 3, 10 and 30 seeds (quick: 1 and 3) and
-for a plain loop, one network with torch.optim.SGD. Its images are random here.
-
-A script adds itself with a function like atari() and an entry in SCRIPTS.
+Machines drift, so all methods of a script are held ready (about 1 GB each) and take turns. Nothing
+else should run. Other than in a run, actions are random, DMC's replay buffer is small, the
+pretrained encoder's weights and the synthetic experiment's images are random.
 """
 
 import json
+import pkgutil
 import platform
 import re
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 from unittest import mock
 
 import numpy as np
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import plastic_drq_rainbow_atari as atari_script
-import plastic_drq_sac_dmc as dmc_script
-import plastic_pretrained_finetune as finetune_script
-import synth_cifar_plasticity as synth_script
+import plastic_drq_rainbow_atari
+import plastic_drq_sac_dmc
+import plastic_pretrained_finetune
+import synth_cifar_plasticity
+
+WARM_UP = 5  # calls before those that count
+
+# --- Scripts --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """One method of one script, ready to run."""
+
+    eager_update: Callable[[], object]  # an update without a graph, for its parts
+    calls: dict[str, Callable[[], object]]  # what else is timed, by the name of its figure
+    updates: int  # of a full run
+    env_steps: int = 0  # of a full run
+    seeds: int = 1  # trained side by side
+
+
+def rainbow(script: ModuleType, device: str, quick: bool, **flags) -> Subject:
+    """DrQ-Rainbow on Alien after 20,000 random interactions (quick: 200)."""
+    args = script.Args(device=device, **flags)
+    agent, replay, update, act = script.make_agent(args, script.make_generators(args)["sampling"])
+    envs, rng = script.make_envs(args.env_id, 1, args.seed), np.random.default_rng(0)
+    replay.start(envs.reset()[0][0, 0])
+
+    def env_step() -> None:
+        action = rng.integers(agent.num_actions, size=1).astype(np.int32)
+        frames, rewards, terminated, truncated, _ = envs.step(action)
+        done = bool(terminated[0] or truncated[0])  # EnvPool's next step resets
+        replay.add(int(action[0]), float(np.sign(rewards[0])), done, frames[0, 0])
+
+    for _ in range(200 if quick else 20_000):
+        env_step()
+    calls = {"update_ms": update, "act_ms": lambda: int(act()), "env_step_ms": env_step}
+    return Subject(lambda: agent.update(replay), calls, agent.num_updates, args.total_timesteps)
+
+
+def dmc(device: str, quick: bool, **flags) -> Subject:
+    """DrQ-SAC on quadruped-run after 600 random interactions (quick: 50, and batches of 16)."""
+    size = dict(batch_size=16) if quick else {}
+    args = plastic_drq_sac_dmc.Args(device=device, buffer_size=2_000, **size, **flags)
+    env, generators = plastic_drq_sac_dmc.make_env(args), plastic_drq_sac_dmc.make_generators(args)
+    agent, replay, update, act = plastic_drq_sac_dmc.make_agent(args, env, generators)
+    rng = np.random.default_rng(0)
+    replay.start(env.reset()[0])
+
+    def env_step() -> None:
+        action = rng.uniform(-1, 1, env.action_dim).astype(np.float32)
+        frame, reward, terminated, truncated, _ = env.step(action)
+        replay.add(action, reward, terminated, frame)
+        if terminated or truncated:
+            replay.start(env.reset()[0])
+
+    def eager_update() -> None:
+        agent.update(replay.sample(args.batch_size, generators["sampling"]))
+
+    for _ in range(50 if quick else 600):
+        env_step()
+    calls = {"update_ms": update, "act_ms": lambda: act().cpu()}
+    calls |= {"env_step_ms": env_step, "render_ms": env.frame}
+    updates = (args.agent_steps - args.learning_starts + 1) * args.updates_per_step
+    return Subject(eager_update, calls, updates, args.agent_steps)
+
+
+def synth(device: str, quick: bool, **flags) -> Subject:
+    """The synthetic experiment's first stage, on random images."""
+    args, rng = synth_cifar_plasticity.Args(device=device, **flags), np.random.default_rng(0)
+    images = rng.integers(256, size=(5000, 3, 32, 32), dtype=np.uint8)
+    labels = rng.integers(10, size=5000)
+    data = (images, labels, images[:100], labels[:100])
+    replicas, update = synth_cifar_plasticity.make_replicas(args, data)
+    replicas.start_stage(0)
+    updates = args.num_stages * args.updates_per_stage
+    return Subject(replicas.update, {"update_ms": update}, updates, seeds=args.num_seeds)
+
+
+BASE = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
+# fmt: off
+RAINBOW_PARTS = {
+    "sample": "ReplayBuffer.sample", "augment": "augment", "noise": "QNetwork.sample_noise",
+    "backward": "torch.Tensor.backward", "clip": "torch.nn.utils.clip_grad_norm_",
+    "optimizer": "torch.optim.Adam.step", "ema": "soft_update",
+    "priorities": "ReplayBuffer.update_priorities",
+}
+SCRIPTS: dict[str, tuple[Callable[..., Subject], dict[str, dict], dict[str, str]]] = {
+    # What prepares a method, the methods' flags, and the update's parts: functions by the names
+    # that they have in the script.
+    "plastic_drq_rainbow_atari": (
+        partial(rainbow, plastic_drq_rainbow_atari),
+        {"base": BASE, "PLASTIC†": dict(crelu=False, sam_rho=0.0), "PLASTIC": {}},
+        RAINBOW_PARTS | {
+            "td_target": "Agent.td_target", "forward": "QNetwork.forward", "sam": "sam_perturbed",
+        },
+    ),
+    "plastic_drq_sac_dmc": (
+        dmc,
+        {"base": BASE, "PLASTIC": {}, "PLASTIC, fast rendering": dict(render_quality="fast")},
+        {
+            "sample": "ReplayBuffer.sample", "augment": "augment", "td_target": "Agent.td_target",
+            "critic forward": "Critic.forward", "actor forward": "Actor.sample",
+            "backward": "set_gradient", "sam": "sam_perturbed",
+            "optimizers": "torch.optim.Adam.step", "ema": "soft_update",
+        },
+    ),
+    "plastic_pretrained_finetune": (
+        partial(rainbow, plastic_pretrained_finetune, from_scratch=True),
+        {
+            "base": {}, "SAM, Reset†": dict(sam_rho=0.1, reset_interval=40_000),
+            "base, not frozen": dict(freeze_backbone=False),
+        },
+        RAINBOW_PARTS | {"encoder": "Backbone.forward", "head": "DuelingHead.forward"},
+    ),
+    "synth_cifar_plasticity": (
+        synth,
+        {
+            f"{method}, {seeds} seeds": BASE | dict(sam_rho=rho, num_seeds=seeds)
+            for method, rho in (("base", 0.0), ("SAM", 0.1)) for seeds in (1, 3, 10, 30)
+        },
+        {
+            "batch": "Replicas.next_batch", "forward": "Replicas.forward",
+            "backward": "torch.autograd.grad", "sgd": "Replicas.sgd",
+        },
+    ),
+}
+# fmt: on
 
 
 @dataclass
@@ -57,13 +176,7 @@ class Args:
     """Time the scripts' updates by part."""
 
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
-    script: Literal[
-        "all",
-        "plastic_drq_rainbow_atari.py",
-        "plastic_drq_sac_dmc.py",
-        "plastic_pretrained_finetune.py",
-        "synth_cifar_plasticity.py",
-    ] = "all"  # what to run
+    script: Literal[("all", *(f"{name}.py" for name in SCRIPTS))] = "all"  # what to run
     quick: bool = False  # few updates: does it work, not how fast is it
     rounds: int = 5  # in each of them, all methods take a turn of 20 updates
     json: Path | None = None  # write the figures to this file too
@@ -78,567 +191,143 @@ class Args:
             raise ValueError(f"--rounds must be at least 1, not {self.rounds}")
 
 
-@dataclass
-class Subject:
-    """One method of one script, ready to run."""
-
-    update: Callable[[], object]  # one gradient update, as the script runs it
-    eager_update: Callable[[], object]  # the same without a graph, for its parts
-    parameters: int
-    updates: int  # of a full run
-    parts: dict[
-        str, tuple[object, str]
-    ]  # label -> (owner, name) of the function whose calls it covers
-    blocks: dict[str, tuple[object, str]] = field(default_factory=dict)  # of context managers
-    patches: list = field(default_factory=list)  # in force while it is measured
-    act: Callable[[], int] | None = None  # the choice of one action, host sync included
-    env_step: Callable[[], object] | None = None  # one interaction, stored
-    render: Callable[[], object] | None = (
-        None  # one frame, where that is not the emulator's own work
-    )
-    env_steps: int = 0  # of a full run
-    seeds: int = 1  # trained side by side
+# --- Measuring ------------------------------------------------------------------------------------
 
 
-def fill(replay, envs, num_steps: int) -> Callable[[], None]:
-    """Play num_steps random interactions into the replay buffer; return what plays one more."""
-    rng, num_actions = np.random.default_rng(0), int(envs.action_space.n)
-    frames, _ = envs.reset()
-    replay.start(frames[0, 0])
-
-    def env_step():
-        frames, rewards, terminated, truncated, _ = envs.step(
-            rng.integers(num_actions, size=1).astype(np.int32)
-        )
-        if over := bool(terminated[0] or truncated[0]):
-            frames, _ = envs.reset()
-        replay.add(0, float(np.sign(rewards[0])), over, frames[0, 0])
-
-    for _ in range(num_steps):
-        env_step()
-    return env_step
+def now(device: str) -> float:
+    """Milliseconds, once the device has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
 
 
-def atari(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
-    """plastic_drq_rainbow_atari.py: base, PLASTIC† and PLASTIC at replay ratio 2, each also plain."""
-    script = atari_script
-    base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
-    methods = {"base": base, "PLASTIC†": dict(crelu=False, sam_rho=0.0), "PLASTIC": {}}
-
-    def two_products(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        linear = torch.nn.functional.linear
-        noise = linear(x * layer.noise_in, layer.weight_sigma, layer.bias_sigma)
-        return linear(x, layer.weight_mu, layer.bias_mu) + noise * layer.noise_out
-
-    def vary(agent: script.Agent, variant: str | None) -> list:
-        """Change the agent where that is enough; return the patches that the rest needs."""
-        if variant == "two products":
-            return [mock.patch.object(script.NoisyLinear, "forward", two_products)]
-        patches = []
-        if variant in ("contiguous", "plain"):
-            for w in (*agent.online.backbone.parameters(), *agent.target.backbone.parameters()):
-                w.data = w.data.contiguous()
-            agent.optimizer.state.clear()  # made anew in the weights' layout, in the first step
-            patches = [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
-        if variant in ("loop Adam", "plain"):
-            args = agent.args
-            agent.optimizer = torch.optim.Adam(
-                agent.parameters, lr=args.learning_rate, eps=args.adam_eps, foreach=False
-            )
-        return patches
-
-    def prepare(flags: dict, variant: str | None) -> Subject:
-        args = script.Args(device=device, **flags)
-        generator = torch.Generator(device).manual_seed(0)
-        envs = script.make_envs(args.env_id, 1, 0)
-        num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
-        agent = script.Agent(int(envs.action_space.n), num_updates, args, generator)
-        replay = script.ReplayBuffer(
-            args.buffer_size, args.n_step, args.gamma, torch.device(device)
-        )
-        env_step = fill(replay, envs, 200 if quick else 20_000)
-        patches = vary(agent, variant)
-        eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
-        update, graph_act = eager_update, act
-        if device == "cuda" and variant is None:
-            changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-            update, graph_act = (
-                script.capture(function, changing, (generator,)) for function in (eager_update, act)
-            )
-        return Subject(
-            update=update,
-            eager_update=eager_update,
-            act=lambda: int(graph_act()),
-            env_step=env_step,
-            parameters=sum(w.numel() for w in agent.parameters),
-            env_steps=args.total_timesteps,
-            updates=num_updates,
-            parts={
-                "sample": (script.ReplayBuffer, "sample"),
-                "augment": (script, "augment"),
-                "noise": (script.QNetwork, "sample_noise"),
-                "td_target": (script.Agent, "td_target"),
-                "forward": (script.QNetwork, "forward"),
-                "backward": (torch.Tensor, "backward"),
-                "clip": (torch.nn.utils, "clip_grad_norm_"),
-                "optimizer": (torch.optim.Adam, "step"),
-                "ema": (script, "soft_update"),
-                "priorities": (script.ReplayBuffer, "update_priorities"),
-            },
-            blocks={"sam": (script, "sam_perturbed")},
-            patches=patches,
-        )
-
-    variants = {
-        "base": (None, "two products", "contiguous", "loop Adam", "plain"),
-        "PLASTIC†": (None,),
-        "PLASTIC": (None, "plain"),
-    }
-    return {
-        name if variant is None else f"{name}, {variant}": lambda flags=flags, variant=variant: (
-            prepare(flags, variant)
-        )
-        for name, flags in methods.items()
-        for variant in variants[name]
-    }
-
-
-def dmc(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
-    """plastic_drq_sac_dmc.py: base and PLASTIC on quadruped-run, rendered as the suite does and fast."""
-    script = dmc_script
-    base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
-    methods = {"base": base, "PLASTIC": {}, "PLASTIC, fast rendering": dict(render_quality="fast")}
-
-    def prepare(flags: dict) -> Subject:
-        size = dict(batch_size=16) if quick else {}
-        args = script.Args(device=device, buffer_size=2_000, **size, **flags)
-        env, rng = script.make_env(args), np.random.default_rng(0)
-        agent, replay, update, act = script.make_agent(args, env, script.make_generators(args))
-        generator = torch.Generator(device).manual_seed(0)
-        replay.start(env.reset()[0])
-
-        def env_step():
-            action = rng.uniform(-1, 1, env.action_dim).astype(np.float32)
-            frame, reward, terminated, truncated, _ = env.step(action)
-            replay.add(action, reward, terminated, frame)
-            if terminated or truncated:
-                replay.start(env.reset()[0])
-
-        for _ in range(50 if quick else 600):
-            env_step()
-
-        return Subject(
-            update=update,
-            eager_update=lambda: agent.update(replay.sample(args.batch_size, generator)),
-            act=lambda: act().cpu(),
-            env_step=env_step,
-            render=env.frame,
-            parameters=sum(w.numel() for w in agent.weights),
-            env_steps=args.agent_steps,
-            updates=(args.agent_steps - args.learning_starts + 1) * args.updates_per_step,
-            parts={
-                "sample": (script.ReplayBuffer, "sample"),
-                "augment": (script, "augment"),
-                "td_target": (script.Agent, "td_target"),
-                "critic forward": (script.Critic, "forward"),
-                "actor forward": (script.Actor, "sample"),
-                "backward": (script, "set_gradient"),
-                "optimizers": (torch.optim.Adam, "step"),
-                "ema": (script, "soft_update"),
-            },
-            blocks={"sam": (script, "sam_perturbed")},
-        )
-
-    return {name: lambda flags=flags: prepare(flags) for name, flags in methods.items()}
-
-
-def finetune(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
-    """plastic_pretrained_finetune.py: base, and SAM with Reset†; base also with choices made the other way."""
-    script = finetune_script
-
-    def prepare(flags: dict, variant: str | None) -> Subject:
-        args = script.Args(device=device, from_scratch=True, **flags)
-        generator = torch.Generator(device).manual_seed(0)
-        envs = script.make_envs(args.env_id, 1, 0)
-        num_updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
-        torch.manual_seed(0)
-        agent = script.Agent(
-            script.Backbone(), int(envs.action_space.n), num_updates, args, generator
-        )
-        replay = script.ReplayBuffer(
-            args.buffer_size, args.n_step, args.gamma, torch.device(device)
-        )
-        env_step = fill(replay, envs, 200 if quick else 20_000)
-        patches = []
-        if variant == "each pass":
-            agent.args = replace(
-                args, freeze_backbone=False
-            )  # the encoder's weights take no gradient all the same
-        if variant == "contiguous":
-            for w in (*agent.online.backbone.parameters(), *agent.target.backbone.parameters()):
-                w.data = w.data.contiguous()
-            patches = [mock.patch.object(script, "to_images", lambda obs: obs.float().div_(255))]
-        eager_update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
-        update, graph_act = eager_update, act
-        if device == "cuda" and variant is None:
-            changing = [*agent.tensors().values(), replay.priorities, replay.max_priority]
-            update, graph_act = (
-                script.capture(function, changing, (generator,)) for function in (eager_update, act)
-            )
-        return Subject(
-            update=update,
-            eager_update=eager_update,
-            act=lambda: int(graph_act()),
-            env_step=env_step,
-            parameters=sum(w.numel() for w in agent.parameters),
-            env_steps=args.total_timesteps,
-            updates=num_updates,
-            parts={
-                "sample": (script.ReplayBuffer, "sample"),
-                "augment": (script, "augment"),
-                "encoder": (script.Backbone, "forward"),
-                "head": (script.DuelingHead, "forward"),
-                "noise": (script.QNetwork, "sample_noise"),
-                "backward": (torch.Tensor, "backward"),
-                "clip": (torch.nn.utils, "clip_grad_norm_"),
-                "optimizer": (torch.optim.Adam, "step"),
-                "ema": (script, "soft_update"),
-                "priorities": (script.ReplayBuffer, "update_priorities"),
-            },
-            patches=patches,
-        )
-
-    cases = {"base": ({}, None), "SAM, Reset†": (dict(sam_rho=0.1, reset_interval=40_000), None)}
-    cases |= {"base, each pass": ({}, "each pass"), "base, contiguous": ({}, "contiguous")}
-    cases |= {"base, not frozen": (dict(freeze_backbone=False), None)}
-    return {name: lambda case=case: prepare(*case) for name, case in cases.items()}
-
-
-def synth(device: str, quick: bool) -> dict[str, Callable[[], Subject]]:
-    """synth_cifar_plasticity.py: base and SAM for several numbers of seeds, and one seed in a plain loop."""
-    script = synth_script
-    rng = np.random.default_rng(0)
-    images, labels = (
-        rng.integers(256, size=(5000, 3, 32, 32), dtype=np.uint8),
-        rng.integers(10, size=5000),
-    )
-    data = (images, labels, images[:100], labels[:100])
-    base = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
-    methods = {"base": base, "SAM": base | dict(sam_rho=0.1)}
-
-    def plain_update(replicas: script.Replicas) -> Callable[[], object]:
-        """As one would write it for one seed."""
-        torch.manual_seed(1)
-        args, network = replicas.args, script.Network(replicas.args).to(device)
-        parameters = list(network.parameters())
-        sgd = torch.optim.SGD(
-            parameters,
-            lr=args.learning_rate[0],
-            momentum=args.momentum,
-            weight_decay=args.weight_decay[0],
-        )
-        cross_entropy = torch.nn.functional.cross_entropy
-
-        def update() -> None:
-            images, labels = (x[0] for x in replicas.next_batch(slice(1)))
-            replicas.updates.add_(1)
-            sgd.zero_grad()
-            cross_entropy(network(images), labels).backward()
-            if args.sam_rho > 0:
-                gradients = [w.grad for w in parameters]
-                steps = torch._foreach_mul(
-                    gradients, args.sam_rho / torch.nn.utils.get_total_norm(gradients)
-                )
-                with torch.no_grad():
-                    torch._foreach_add_(parameters, steps)
-                sgd.zero_grad()
-                cross_entropy(network(images), labels).backward()
-                with torch.no_grad():
-                    torch._foreach_sub_(parameters, steps)
-            sgd.step()
-
-        return update
-
-    def prepare(flags: dict, seeds: int, plain: bool) -> Subject:
-        args = script.Args(device=device, num_seeds=seeds, **flags)
-        replicas = script.Replicas(args, data, torch.device(device))
-        replicas.start_stage(0)
-        eager_update = plain_update(replicas) if plain else replicas.update
-        update = eager_update
-        if device == "cuda" and not plain:
-            update = script.capture(eager_update, list(replicas.tensors().values()))
-        parts = {
-            "batch": (script.Replicas, "next_batch"),
-            "forward": (script.Replicas, "forward"),
-            "backward": (torch.autograd, "grad"),
-            "sgd": (script.Replicas, "sgd"),
-        }
-        return Subject(
-            update=update,
-            eager_update=eager_update,
-            parameters=replicas.weights.numel(),
-            updates=args.num_stages * args.updates_per_stage,
-            parts=parts,
-            seeds=seeds,
-        )
-
-    cases = {"plain loop": (1, True)} | {
-        f"{n} seeds": (n, False) for n in ((1, 3) if quick else (1, 3, 10, 30))
-    }
-    return {
-        f"{method}, {case}": lambda flags=flags, seeds=seeds, plain=plain: prepare(
-            flags, seeds, plain
-        )
-        for method, flags in methods.items()
-        for case, (seeds, plain) in cases.items()
-    }
-
-
-SCRIPTS = {
-    "plastic_drq_rainbow_atari.py": atari,
-    "plastic_drq_sac_dmc.py": dmc,
-    "plastic_pretrained_finetune.py": finetune,
-    "synth_cifar_plasticity.py": synth,
-}
-
-
-class Clock:
-    """Milliseconds by label. Of nested labels the outer one counts. CUDA events on CUDA, the host's clock else."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.open, self.marks = device, None, []
-
-    def now(self):
-        if self.device == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def start(self, label: str) -> None:
-        if self.open is None:
-            self.open = (label, self.now())
-
-    def stop(self, label: str) -> None:
-        if self.open is not None and self.open[0] == label:
-            self.marks.append((*self.open, self.now()))
-            self.open = None
-
-    def collect(self) -> dict[str, float]:
-        """Sum by label since the last call."""
-        totals: dict[str, float] = {}
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        for label, start, end in self.marks:
-            elapsed = 1e3 * (end - start) if self.device == "cpu" else start.elapsed_time(end)
-            totals[label] = totals.get(label, 0.0) + elapsed
-        self.marks = []
-        return totals
-
-
-@contextmanager
-def instrumented(subject: Subject, clock: Clock):
-    """Let the clock see every call of the subject's parts, and its blocks."""
-
-    def wrap(function: Callable, label: str) -> Callable:
-        def wrapped(*args, **kwargs):
-            clock.start(label)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                clock.stop(label)
-
-        return wrapped
-
-    def wrap_block(function: Callable, label: str) -> Callable:
-        @contextmanager
-        def wrapped(*args):
-            clock.start(label)
-            with function(*args):
-                yield
-            clock.stop(label)
-
-        return wrapped
-
-    patches = [
-        mock.patch.object(*target, kind(getattr(*target), label))
-        for kind, parts in ((wrap, subject.parts), (wrap_block, subject.blocks))
-        for label, target in parts.items()
-    ]
-    for patch in patches:
-        patch.start()
-    try:
-        yield
-    finally:
-        for patch in patches:
-            patch.stop()
+def medians(samples: list) -> dict | float:
+    """The median; of dictionaries, that of each key."""
+    if isinstance(samples[0], dict):
+        return {key: medians([sample[key] for sample in samples]) for key in samples[0]}
+    return statistics.median(samples)
 
 
 def median_ms(function: Callable[[], object], repeats: int, device: str) -> float:
     """Median wall-clock of one call, the device's work included."""
-    times = []
-    for i in range(repeats + repeats // 5 + 1):
-        start = time.perf_counter()
+    samples = []
+    for _ in range(WARM_UP + repeats):
+        start = now(device)
         function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i > repeats // 5:
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        samples.append(now(device) - start)
+    return medians(samples[WARM_UP:])
 
 
-def floor_ms(subject: Subject, device: str) -> float:
-    """Arithmetic at the speed of a matrix product plus ten passes over the parameters at the speed of a copy.
+@contextmanager
+def clocked(functions: dict[str, str], device: str) -> Iterator[Counter]:
+    """Milliseconds in the functions, by label. Of calls within calls the outer one counts."""
+    ms, running = Counter(), []
 
-    Ten: weights read forward and backward, gradient written and read, two moments, weights and target read and written.
-    """
-    size, calls = (
-        (1024, 1) if device == "cpu" else (4096, 20)
-    )  # many calls a measurement, where launching takes time
-    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    flops_per_ms = (
-        calls * 2 * size**3 / median_ms(lambda: [a @ b for _ in range(calls)], 20, device)
-    )
-    source = torch.zeros(64 * 2**20, dtype=torch.uint8, device=device)
-    copy = torch.zeros_like(source)
-    copies_per_ms = calls / median_ms(
-        lambda: [copy.copy_(source) for _ in range(calls)], 20, device
-    )
-    bytes_per_ms = 2 * source.numel() * copies_per_ms
-    with FlopCounterMode(display=False) as counter:
-        subject.eager_update()
-    return counter.get_total_flops() / flops_per_ms + 10 * 4 * subject.parameters / bytes_per_ms
+    @contextmanager
+    def span(label: str) -> Iterator[None]:
+        if running:
+            yield
+            return
+        running.append(label)
+        start = now(device)
+        yield
+        ms[label] += now(device) - start
+        running.clear()
+
+    def wrap(label: str, function: Callable) -> Callable:
+        @contextmanager
+        def block(*args) -> Iterator[None]:
+            with span(label), function(*args):
+                yield
+
+        # sam_perturbed stands in a `with` statement, whose block counts.
+        return block if label == "sam" else span(label)(function)
+
+    with ExitStack() as patches:
+        for label, name in functions.items():
+            patches.enter_context(mock.patch(name, wrap(label, pkgutil.resolve_name(name))))
+        yield ms
 
 
-def measure(subject: Subject, device: str, repeats: int) -> dict[str, float | dict[str, float]]:
-    """Milliseconds and memory of one subject, in one round."""
-    update_ms = median_ms(subject.update, repeats, device)
-    clock, samples, eager = Clock(device), [], []
-    with instrumented(subject, clock):
-        for i in range(repeats + 3):
-            clock_total = Clock(device)
-            clock_total.start("update")
+def take_turn(subject: Subject, functions: dict[str, str], repeats: int, device: str) -> dict:
+    """Medians in ms: of each call, of an eager update and of its parts."""
+    turn = {key: median_ms(call, repeats, device) for key, call in subject.calls.items()}
+    samples = []
+    with clocked(functions, device) as ms:
+        for _ in range(WARM_UP + repeats):
+            ms.clear()
+            start = now(device)
             subject.eager_update()
-            clock_total.stop("update")
-            parts = clock.collect()
-            total = clock_total.collect()["update"]
-            parts["other"] = total - sum(parts.values())
-            if i >= 3:
-                samples.append(parts)
-                eager.append(total)
-    parts = {
-        label: statistics.median(sample.get(label, 0.0) for sample in samples)
-        for label in samples[0]
-    }
-    result = {
-        "update_ms": update_ms,
-        "eager_update_ms": statistics.median(eager),
-        "floor_ms": floor_ms(subject, device),
-        "parts_ms": parts,
-    }
-    if subject.env_step is not None:
-        result["act_ms"] = median_ms(subject.act, repeats, device)
-        result["env_step_ms"] = median_ms(subject.env_step, 10 * repeats, device)
-    if subject.render is not None:
-        result["render_ms"] = median_ms(subject.render, 5 * repeats, device)
-    return result
+            total = now(device) - start
+            parts = {**ms, "other": total - ms.total()}
+            samples.append({"eager_update_ms": total, "parts_ms": parts})
+    return turn | medians(samples[WARM_UP:])
 
 
 def memory_gib(device: str) -> float:
-    """Peak of the device's memory since it was last reset; on the CPU, what the process holds now."""
+    """Peak of the device's memory since it was last reset; CPU: what the process holds now."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
 
 
-def prepared(prepare: Callable[[], Subject], device: str) -> tuple[Subject, float]:
-    """The subject after its first update, and the memory that it took."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = memory_gib(device)
-    subject = prepare()
-    with patched(subject):
-        subject.update()
-    return subject, memory_gib(device) - before
+def summarise(subject: Subject, turns: list[dict]) -> dict:
+    """Medians of a method's turns, and what follows from them."""
+    figures = medians(turns)
+    figures["updates_per_second"] = 1e3 / figures["update_ms"]
+    figures["update_ms_per_seed"] = figures["update_ms"] / subject.seeds
+    run_ms = subject.updates * figures["update_ms"]
+    if subject.env_steps > 0:
+        figures["env_steps_per_second"] = 1e3 / figures["env_step_ms"]
+        run_ms += subject.env_steps * (figures["act_ms"] + figures["env_step_ms"])
+    figures["full_run_hours_without_evaluation"] = run_ms / 3.6e6
+    return figures
 
 
-@contextmanager
-def patched(subject: Subject):
-    """The subject's patches in force."""
-    with ExitStack() as stack:
-        for patch in subject.patches:
-            stack.enter_context(patch)
-        yield
+def measure(script: str, args: Args) -> dict[str, dict]:
+    """All figures of one script, by method."""
+    prepare, methods, functions = SCRIPTS[script]
+    functions = {label: f"{script}.{name}" for label, name in functions.items()}
+    subjects, figures = {}, {}
+    for name, flags in methods.items():
+        if args.quick and flags.get("num_seeds", 1) > 3:
+            continue
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        before = memory_gib(args.device)
+        subjects[name] = prepare(device=args.device, quick=args.quick, **flags)
+        subjects[name].calls["update_ms"]()
+        figures[name] = {"memory_gib": memory_gib(args.device) - before}
 
-
-def combine(rounds: list[dict], subject: Subject) -> dict[str, float | dict[str, float]]:
-    """All figures of one subject: medians over the rounds, and what follows from them."""
-    result = {
-        key: statistics.median(one[key] for one in rounds) for key in rounds[0] if key != "parts_ms"
-    }
-    parts = {
-        label: statistics.median(one["parts_ms"][label] for one in rounds)
-        for label in rounds[0]["parts_ms"]
-    }
-    training_ms = subject.updates * result["update_ms"]
-    result["updates_per_second"] = 1e3 / result["update_ms"]
-    result["update_ms_per_seed"] = result["update_ms"] / subject.seeds
-    if subject.env_step is not None:
-        training_ms += subject.env_steps * (result["act_ms"] + result["env_step_ms"])
-        result["env_steps_per_second"] = 1e3 / result["env_step_ms"]
-    result["full_run_hours_without_evaluation"] = training_ms / 3.6e6
-    return {**result, "parts_ms": dict(sorted(parts.items(), key=lambda item: -item[1]))}
+    rounds, repeats = (1, 5) if args.quick else (args.rounds, 20)
+    turns: dict[str, list[dict]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            turns[name].append(take_turn(subject, functions, repeats, args.device))
+    return {name: figures[name] | summarise(subjects[name], turns[name]) for name in subjects}
 
 
 def main(args: Args) -> None:
-    """Print a table per script, and write the figures where --json says."""
+    """Print the figures, and write them where --json says."""
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # as the scripts do
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # as the scripts do
-    models = (
-        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if sys.platform == "linux"
-        else []
-    )
-    threads = f"{torch.get_num_threads()} threads of {models[0] if models else platform.machine()}"
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else threads
-    figures = {
-        "hardware": hardware,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "quick": args.quick,
-    }
-    num_rounds, repeats = (1, 5) if args.quick else (args.rounds, 20)
-    for script, methods in SCRIPTS.items():
-        if args.script not in ("all", script):
-            continue
-        subjects, memory = {}, {}
-        for name, prepare in methods(args.device, args.quick).items():
-            subjects[name], memory[name] = prepared(prepare, args.device)
-        rounds: dict[str, list] = {name: [] for name in subjects}
-        for _ in range(num_rounds):
-            for name, subject in subjects.items():
-                with patched(subject):
-                    rounds[name].append(measure(subject, args.device, repeats))
-        figures[script] = {
-            name: {"memory_gib": memory[name], **combine(rounds[name], subject)}
-            for name, subject in subjects.items()
-        }
-        for name, result in figures[script].items():
-            shares = {
-                label: f"{ms:.2f} ({ms / result['eager_update_ms']:.0%})"
-                for label, ms in result["parts_ms"].items()
-            }
+        hardware = torch.cuda.get_device_name()
+    else:
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = model[1] if model else platform.machine()
+        hardware = f"{torch.get_num_threads()} threads of {name}"
+    figures: dict = {"hardware": hardware, "torch": torch.__version__}
+    figures |= {"python": platform.python_version(), "quick": args.quick}
+    for script in SCRIPTS if args.script == "all" else [args.script.removesuffix(".py")]:
+        figures[f"{script}.py"] = measure(script, args)
+        for name, method in figures[f"{script}.py"].items():
             print(f"{script} {name} on {hardware}")
-            print("  " + ", ".join(f"{k} {v:.2f}" for k, v in result.items() if k != "parts_ms"))
-            print(
-                "  ms by part: " + ", ".join(f"{label} {share}" for label, share in shares.items()),
-                flush=True,
-            )
+            print("  " + ", ".join(f"{k} {v:.2f}" for k, v in method.items() if k != "parts_ms"))
+            parts = ", ".join(f"{k} {v:.2f}" for k, v in method["parts_ms"].items())
+            print(f"  ms by part: {parts}", flush=True)
     if args.json is not None:
-        atari_script.write_atomically(
-            args.json, lambda file: file.write(json.dumps(figures, indent=2).encode())
-        )
+        args.json.write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

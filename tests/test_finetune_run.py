@@ -3,6 +3,7 @@
 What train() has word for word from the Atari script is tested there; here, what is of its own.
 """
 
+import gzip
 import math
 import os
 import pickle
@@ -401,18 +402,27 @@ def test_recorded_videos_survive_overwrite(tmp_path, videos, given):
     assert len(list(run_dir.glob("events*"))) == 1
 
 
-def test_a_recording_that_is_there_is_used_or_left_alone(tmp_path, videos, monkeypatch):
-    run_dir = tmp_path / "Alien__x__1"
+def test_a_recording_is_used_where_a_checkpoint_vouches_for_it(
+    tmp_path, videos, stop_after, monkeypatch
+):
+    """Else it may be of other flags: a run that was killed had no checkpoint yet."""
+    run_dir, flags = tmp_path / "Alien__x__1", dict(collect_steps=60)
     run_dir.mkdir()
     write_video(run_dir, ft.RECORDED, 60)
+    (run_dir / ".lock").touch()
     before = contents(run_dir)
     with pytest.raises(SystemExit, match="holds an unfinished run; pass --resume or --overwrite"):
-        ft.run(pretrain_args(tmp_path, collect_steps=60))
-    with pytest.raises(SystemExit, match="videos of 60 frames, not 50"):
-        ft.run(pretrain_args(tmp_path, collect_steps=50, resume=True))
+        ft.run(pretrain_args(tmp_path, **flags))
+    assert contents(run_dir) == before
+    stop_after(1)
+    with pytest.raises(SystemExit):
+        ft.run(pretrain_args(tmp_path, resume=True, **flags))
+    anew = contents(run_dir)
+    assert all(anew[name] != before[name] for name in ft.RECORDED)
+    stop_after(0)
     monkeypatch.setattr(ft, "record", lambda *_: 1 / 0)
-    ft.run(pretrain_args(tmp_path, collect_steps=60, resume=True))
-    assert all(contents(run_dir)[name] == before[name] for name in ft.RECORDED)
+    ft.run(pretrain_args(tmp_path, resume=True, **flags))
+    assert all(contents(run_dir)[name] == anew[name] for name in ft.RECORDED)
 
 
 def test_an_encoder_that_a_run_needs_survives_overwrite(tmp_path, videos, train):
@@ -425,15 +435,21 @@ def test_an_encoder_that_a_run_needs_survives_overwrite(tmp_path, videos, train)
     assert contents(run_dir) == before
 
 
-@pytest.mark.parametrize("kind", ["spoilt", "short", "empty", "no player"])
+@pytest.mark.parametrize("kind", ["spoilt", "truncated", "short", "episodes", "empty", "no player"])
 def test_an_overwrite_that_cannot_begin_loses_nothing(tmp_path, videos, kind):
     ft.run(pretrain_args(tmp_path, collect_steps=60))
     run_dir, flags = tmp_path / "Alien__x__1", dict(video_dir=videos)
     before = contents(run_dir)
     if kind == "spoilt":
         (Path(videos) / NAMES[0][1]).write_bytes(b"")
+    elif kind == "truncated":
+        path = Path(videos) / NAMES[0][0]
+        path.write_bytes(path.read_bytes()[:20_000])
     elif kind == "short":
         write_video(Path(videos), NAMES[0], 5)
+    elif kind == "episodes":  # too short for a sequence
+        with gzip.open(Path(videos) / NAMES[0][1], "wb") as file:
+            np.save(file, np.ones(100, np.uint8))
     elif kind == "empty":
         flags = dict(video_dir=str(tmp_path))
     else:

@@ -16,9 +16,9 @@ SPEED = Path(__file__).parent.parent / "benchmark" / "speed.py"
 
 
 class Work:
-    """Parts of known length on a clock of its own; the outer one, 20 ms, calls the inner one, 5 ms."""
+    """Parts of known length on a clock of its own."""
 
-    seconds = 0.0
+    seconds, runs = 0.0, 0
 
     def inner(self):
         Work.seconds += 0.005
@@ -34,35 +34,60 @@ class Work:
         Work.seconds += 0.003
 
     def run(self):
+        """36 ms: 20 in outer, 5 in inner, 10 in the block, 1 besides. Some calls take 1 s more."""
         self.outer()
         self.inner()
         with self.block():
             self.inner()
+        Work.seconds += 0.001
+        # Of 15 calls, 5 to warm up and 10 that count, the first 9.
+        Work.seconds += (Work.runs % 15) < 9
+        Work.runs += 1
 
 
-def test_parts_are_attributed_to_the_outer_label_and_add_up(monkeypatch):
+def test_medians_and_parts(monkeypatch):
+    """Of calls within calls the outer one counts; slow calls and warm-up move no median."""
     monkeypatch.setattr(speed.time, "perf_counter", lambda: Work.seconds)
-    work, clock = Work(), speed.Clock("cpu")
-    subject = speed.Subject(
-        update=work.run,
-        eager_update=work.run,
-        act=lambda: 0,
-        env_step=lambda: None,
-        parameters=0,
-        env_steps=0,
-        updates=0,
-        parts={"inner": (Work, "inner"), "outer": (Work, "outer")},
-        blocks={"block": (Work, "block")},
-    )
-    with speed.instrumented(subject, clock):
-        work.run()
-        work.run()
-    # "inner": the calls on its own, neither those inside outer nor those inside the block.
-    assert clock.collect() == pytest.approx({"outer": 40, "inner": 10, "block": 20})
-    assert clock.collect() == {}
-    work.run()  # the instruments are gone
-    assert clock.collect() == {}
-    assert speed.median_ms(work.run, 5, "cpu") == pytest.approx(35)
+    work = Work()
+    subject = speed.Subject(work.run, {"update_ms": work.run}, updates=100, seeds=2)
+    functions = {"inner": "Work.inner", "outer": "Work.outer", "sam": "Work.block"}
+    functions = {label: f"{__name__}.{name}" for label, name in functions.items()}
+    monkeypatch.setattr(Work, "runs", 0)
+    turn = speed.take_turn(subject, functions, 10, "cpu")
+    parts = {"outer": 20, "inner": 5, "sam": 10, "other": 1}
+    assert turn.pop("parts_ms") == pytest.approx(parts)
+    assert turn == pytest.approx({"update_ms": 36, "eager_update_ms": 36})
+    with speed.clocked(functions, "cpu") as ms:
+        pass
+    work.run()  # the clock has left the functions
+    assert not ms
+
+
+def test_what_follows_from_the_turns():
+    """Medians of three turns; a run is 100 updates and 50 steps of the environment."""
+    subject = speed.Subject(None, {}, updates=100, env_steps=50, seeds=2)
+    turns = [
+        {"update_ms": ms, "act_ms": 2, "env_step_ms": 4, "parts_ms": {"sample": ms / 2}}
+        for ms in (1000, 20, 10)
+    ]
+    figures = speed.summarise(subject, turns)
+    assert (figures["update_ms"], figures["parts_ms"]) == (20, {"sample": 10})
+    assert (figures["updates_per_second"], figures["update_ms_per_seed"]) == (50, 10)
+    assert figures["env_steps_per_second"] == 250
+    hours = (100 * 20 + 50 * (2 + 4)) / 1000 / 3600
+    assert figures["full_run_hours_without_evaluation"] == pytest.approx(hours)
+
+
+# What a full run makes, updates and steps of the environment, and the methods.
+SCRIPTS = {
+    "plastic_drq_rainbow_atari": (196_002, 100_000, ["base", "PLASTIC†", "PLASTIC"]),
+    "plastic_drq_sac_dmc": (999_001, 1_000_000, ["base", "PLASTIC", "PLASTIC, fast rendering"]),
+    "plastic_pretrained_finetune": (196_002, 100_000, ["base", "SAM, Reset†", "base, not frozen"]),
+    "synth_cifar_plasticity": (
+        *(50_000, 0),
+        ["base, 1 seeds", "base, 3 seeds", "SAM, 1 seeds", "SAM, 3 seeds"],
+    ),
+}
 
 
 def test_a_quick_run_writes_all_figures(tmp_path):
@@ -72,112 +97,25 @@ def test_a_quick_run_writes_all_figures(tmp_path):
     assert finished.returncode == 0, finished.stderr
     figures = json.loads(path.read_text())
     assert figures["torch"] == torch.__version__
-    methods = figures["plastic_drq_rainbow_atari.py"]
-    others = ["two products", "contiguous", "loop Adam", "plain"]
-    assert list(methods) == [
-        "base",
-        *(f"base, {o}" for o in others),
-        "PLASTIC†",
-        "PLASTIC",
-        "PLASTIC, plain",
-    ]
-    for name, figure in methods.items():
-        parts = figure["parts_ms"]
-        assert set(parts) >= {
-            "sample",
-            "augment",
-            "td_target",
-            "forward",
-            "backward",
-            "optimizer",
-            "ema",
-            "other",
-        }
-        assert ("sam" in parts) == (name.startswith("PLASTIC") and "†" not in name)
-        assert all(ms > 0 for ms in parts.values())
-        assert figure["floor_ms"] > 0
-        assert (
-            0.7 < figure["memory_gib"] < 1.5
-        )  # 0.66 GiB of frames, 0.13 of 7 million floats five times
-        hours = 100_000 * (figure["act_ms"] + figure["env_step_ms"]) + 196_002 * figure["update_ms"]
-        assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
-    methods = figures["plastic_drq_sac_dmc.py"]
-    assert list(methods) == ["base", "PLASTIC", "PLASTIC, fast rendering"]
-    for name, figure in methods.items():
-        names = {"sample", "augment", "td_target", "critic forward", "actor forward", "backward"}
-        names |= {"optimizers", "ema", "other"}
-        names |= {"sam"} if name.startswith("PLASTIC") else set()
-        assert set(figure["parts_ms"]) == names
-        hours = (
-            1_000_000 * (figure["act_ms"] + figure["env_step_ms"]) + 999_001 * figure["update_ms"]
-        )
-        assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
-    methods = figures["plastic_pretrained_finetune.py"]
-    assert list(methods) == [
-        "base",
-        "SAM, Reset†",
-        *(f"base, {o}" for o in ("each pass", "contiguous", "not frozen")),
-    ]
-    for figure in methods.values():
-        parts = {
-            "sample",
-            "augment",
-            "encoder",
-            "head",
-            "noise",
-            "backward",
-            "optimizer",
-            "ema",
-            "priorities",
-            "other",
-        }
-        assert set(figure["parts_ms"]) == parts | {"clip"}
-        hours = 100_000 * (figure["act_ms"] + figure["env_step_ms"]) + 196_002 * figure["update_ms"]
-        assert abs(figure["full_run_hours_without_evaluation"] * 3.6e6 / hours - 1) < 1e-6
-    methods = figures["synth_cifar_plasticity.py"]
-    cases = ("plain loop", "1 seeds", "3 seeds")
-    assert list(methods) == [f"{method}, {case}" for method in ("base", "SAM") for case in cases]
-    for name, figure in methods.items():
-        seeds = 1 if "plain" in name else int(name.split()[1])
-        assert figure["update_ms_per_seed"] == figure["update_ms"] / seeds > 0
-        if "plain" not in name:
-            assert set(figure["parts_ms"]) == {"batch", "forward", "backward", "sgd", "other"}
-
-
-VARIANTS = {
-    "atari": [
-        "base, two products",
-        "base, contiguous",
-        "base, loop Adam",
-        "base, plain",
-        "PLASTIC, plain",
-    ],
-    "finetune": ["base, each pass", "base, contiguous"],
-}
-
-
-@pytest.mark.parametrize("script", VARIANTS)
-def test_the_variants_compute_the_same_update(monkeypatch, script):
-    """One choice made the other way changes the time, not the numbers."""
-    weights = {}
-    module = getattr(speed, f"{script}_script")
-    original = module.Agent
-
-    class KeptAgent(original):
-        def __init__(self, *args):
-            torch.manual_seed(0)
-            super().__init__(*args)
-            KeptAgent.last = self
-
-    monkeypatch.setattr(module, "Agent", KeptAgent)
-    for name, prepare in getattr(speed, script)("cpu", quick=True).items():
-        subject = prepare()
-        with speed.patched(subject):
-            for _ in range(2):
-                subject.update()
-        weights[name] = torch.cat([w.detach().flatten() for w in KeptAgent.last.parameters])
-    for name in VARIANTS[script]:
-        torch.testing.assert_close(weights[name], weights[name.split(",")[0]], rtol=0, atol=1e-5)
+    for script, (updates, env_steps, methods) in SCRIPTS.items():
+        assert list(figures[f"{script}.py"]) == methods
+        for method, figure in figures[f"{script}.py"].items():
+            parts = {*speed.SCRIPTS[script][2], "other"}
+            if method not in ("PLASTIC", "PLASTIC, fast rendering"):
+                parts -= {"sam"}
+            assert set(figure["parts_ms"]) == parts  # each function is still called by this name
+            assert all(ms > 0 for ms in figure["parts_ms"].values())
+            step_ms = figure["act_ms"] + figure["env_step_ms"] if env_steps > 0 else 0
+            hours = (updates * figure["update_ms"] + env_steps * step_ms) / 3.6e6
+            assert figure["full_run_hours_without_evaluation"] == pytest.approx(hours)
+            assert ("render_ms" in figure) == (script == "plastic_drq_sac_dmc")
+            assert f"{script} {method} on" in finished.stdout
+    for figure in figures["plastic_drq_rainbow_atari.py"].values():
+        # 0.66 GiB of frames, 0.13 of 7 million floats five times
+        assert 0.7 < figure["memory_gib"] < 1.5
+    for method, figure in figures["synth_cifar_plasticity.py"].items():
+        seeds = int(method.split()[1])
+        assert figure["update_ms_per_seed"] == pytest.approx(figure["update_ms"] / seeds)
 
 
 def test_a_missing_directory_is_said_before_anything_is_measured(tmp_path):
