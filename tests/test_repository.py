@@ -146,7 +146,8 @@ def test_readme_names_only_flags_that_exist():
     fields |= {flag.replace("--", "--no-", 1) for flag in fields}
     elsewhere = "--help --logdir --json --script --plot --rounds --model"  # of tyro, TensorBoard and benchmark/
     elsewhere += " --no-mps --partition --jobs --per-gpu --time --dry-run --table --scores --allow-missing --readme"
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    pages = README + "".join(page.read_text() for page in (ROOT / "benchmark").glob("*.md"))
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", pages))
     assert flags - set(elsewhere.split()) <= fields
     interventions = {
         "--layer-norm",
