@@ -1,134 +1,119 @@
-"""Tables and figures from result.json files, the paper's figures beside ours.
+"""Tables and figures from result.json files, the paper's numbers beside ours.
 
     python benchmark/report.py runs --table 1
     python benchmark/report.py --scores scores.csv --benchmark atari
     python benchmark/report.py runs --plot figures
 
-Tables 1, 2, 3, 4 are aggregates over tasks (IQM, median, mean, optimality gap, by rliable), with 95% stratified
-bootstrap intervals over seeds; 7, 8, 9, 10 are mean returns by task. Atari is in human-normalized scores, DeepMind
-Control in returns (its optimality gap below 1,000). No interval below two seeds; where tasks have different numbers of
-seeds, the first ones of each count, as many as all have. An aggregate over fewer tasks than the benchmark has is
-refused (exit code 1) unless --allow-missing. --scores takes a file of method, task, seed, score (raw returns) instead
-of runs.
+Tables 1, 2, 3, 4 are aggregates over tasks (IQM, median, mean, optimality gap, by rliable), with
+95% stratified bootstrap intervals over seeds (none below two); 7, 8, 9, 10 are mean returns by
+task. Atari is in human-normalized scores, DeepMind Control in returns (its optimality gap below
+1,000). Where tasks have different numbers of seeds, the first ones of each count, as many as all
+have. An aggregate over fewer tasks than the benchmark has is refused (exit code 1) unless
+--allow-missing.
 
-Without --table: what there is. The synthetic experiment's accuracies, a row per method (the mean over the last stages,
-of the setting that result.json names the best), and the returns of all other runs by task.
+Without --table: what there is. Accuracies of the synthetic experiment, a row per method (of the
+setting that result.json names the best), and the returns of all other runs by task. --scores takes
+a file of method, task, seed, score (raw returns) instead of runs. --plot draws (benchmark/plot.py).
 
---plot draws what the runs give: curves.png (each run's evaluations), intervals.png (the table's aggregates), and
-figure1.png to figure6.png as far as there are runs for them.
+--readme FILE redraws all reports that a Markdown file shows: between each
+`<!-- report.py FLAGS -->` and the next `<!-- end of report -->`, it puts what these flags print.
 
---readme FILE redraws all that a Markdown file shows: between each `<!-- report.py FLAGS -->` and the next
-`<!-- end of report -->`, it puts what these flags print.
+Read first: read_runs (the table that all else works on), aggregate, report.
 """
 
 import contextlib
-import csv
 import io
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Literal, NoReturn
 
-import matplotlib
 import numpy as np
+import pandas as pd
 import tyro
 from rliable import library, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import plot
+from plot import AGGREGATES, METHODS, METRICS, SINGLE
+
 from plastic_drq_rainbow_atari import RANDOM_HUMAN, human_normalized_score
 from synth_cifar_plasticity import bootstrap_interval, write_atomically
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-TASKS = {
-    "input": "#0072b2",
-    "label": "#d55e00",
-}  # with colours of the Okabe-Ito palette, told apart by everyone
-METHODS = {  # panels of Figure 3, and the names of their bars by exp-name
-    "single methods": {"ln": "LN", "sam": "SAM", "crelu": "CReLU", "reset": "Reset"},
-    "combinations": {
-        "ln_sam": "LN +\nSAM", "ln_crelu": "LN +\nCReLU", "ln_reset": "LN +\nReset", "sam_crelu": "SAM +\nCReLU",
-        "sam_reset": "SAM +\nReset", "crelu_reset": "CReLU +\nReset", "plastic": "PLASTIC",
-    },
-}  # fmt: skip
-# What has to be the same in runs that are compared.
-PROTOCOL = "num_stages updates_per_stage batch_size momentum conv_strides label_change".split()
-NAMES = {"base": "base"} | {
-    key: name.replace("\n", " ") for panel in METHODS.values() for key, name in panel.items()
-}
-
-
+# fmt: off
 PAPER = Path(__file__).parent / "paper"
-SCRIPTS = {  # of reinforcement learning, and what their results belong to
+SCRIPTS = {  # and the benchmark that their results belong to
     "plastic_drq_rainbow_atari.py": "atari",
     "plastic_drq_sac_dmc.py": "dmc",
     "plastic_pretrained_finetune.py": "pretrained",
+    "synth_cifar_plasticity.py": "synthetic",
 }
-CONTROL = [
-    "acrobot-swingup", "cartpole-swingup_sparse", "cheetah-run", "finger-turn_easy", "finger-turn_hard", "hopper-hop",
-    "quadruped-run", "quadruped-walk", "reacher-easy", "reacher-hard", "walker-run",
-]  # fmt: skip
+CONTROL = pd.read_csv(PAPER / "table10_dmc.csv").Game.tolist()  # tasks of DeepMind Control
 ALL_TASKS = {"atari": list(RANDOM_HUMAN), "pretrained": list(RANDOM_HUMAN), "dmc": CONTROL}
-SINGLE = {
-    "base": "Base",
-    "sam": "SAM",
-    "ln": "LN",
-    "crelu": "CReLU",
-    "reset": "Reset",
-    "plastic": "PLASTIC",
+# Of Tables 1 to 4: the paper's file; title, benchmark, aggregates.
+AGGREGATE_TABLES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
+    "1": ("table1_main.csv", [
+        ("Table 1, Atari-100k", "atari", ["iqm", "median", "mean"]),
+        ("Table 1, DeepMind Control", "dmc", ["iqm", "seed_median", "median", "mean"]),
+    ]),
+    "2": ("table2_scaling.csv", [("Table 2", "atari", ["iqm", "median", "mean", "og"])]),
+    "3": ("table3_pretrained.csv", [("Table 3", "pretrained", ["iqm"])]),
+    "4": ("table4_ablation.csv", [("Table 4", "atari", ["iqm"])]),
 }
-# Of each aggregate: key in the paper's tables, name.
-AGGREGATES = {
-    "iqm": "IQM",
-    "median": "median over tasks",
-    "mean": "mean",
-    "og": "optimality gap",
-    "seed_median": "median over seeds",
-}
+# Interventions: columns of Tables 3 and 4, and how the paper calls them.
+PARTS = {"ln": "LN", "sam": "SAM", "crelu": "CReLU", "reset": "Reset", "reset_dagger": "Reset†"}
+SINGLE_COLUMNS = {"LayerNorm" if label == "LN" else label: n for n, label in SINGLE.items()}
 PER_TASK = {  # tables of mean returns: file, benchmark, exp-name by column
-    "7": ("table7_atari_drq.csv", "atari", {"LayerNorm" if n == "LN" else n: e for e, n in SINGLE.items()}),
-    "8": ("table8_atari_sota.csv", "atari", {"PLASTIC†:8": "ln_reset_rr8", "PLASTIC:8": "plastic_rr8"}),
-    "9": ("table9_atari_replay_ratio.csv", "atari", {
-        f"{name}:{ratio}": exp_name + ("" if ratio == 2 else f"_rr{ratio}")
-        for ratio in (2, 4, 8) for name, exp_name in (("PLASTIC†", "ln_reset"), ("PLASTIC", "plastic"))
+    "7": ("table7_atari_drq.csv", "atari", SINGLE_COLUMNS),
+    "8": ("table8_atari_sota.csv", "atari", {
+        "PLASTIC†:8": "ln_reset_rr8", "PLASTIC:8": "plastic_rr8",
     }),
-    "10": ("table10_dmc.csv", "dmc", {"LayerNorm" if n == "LN" else n: e for e, n in SINGLE.items()}),
-}  # fmt: skip
+    "9": ("table9_atari_replay_ratio.csv", "atari", {
+        "PLASTIC†:2": "ln_reset", "PLASTIC:2": "plastic", "PLASTIC†:4": "ln_reset_rr4",
+        "PLASTIC:4": "plastic_rr4", "PLASTIC†:8": "ln_reset_rr8", "PLASTIC:8": "plastic_rr8",
+    }),
+    "10": ("table10_dmc.csv", "dmc", SINGLE_COLUMNS),
+}
+# Methods of the synthetic experiment, and what has to be the same in all its runs.
+SYNTHETIC = {"base": "base"} | {
+    name: label.replace("\n", " ") for panel in METHODS.values() for name, label in panel.items()
+}
+RANK = {name: i for i, name in enumerate([*SYNTHETIC, "input", "label"])}
+PROTOCOL = "num_stages updates_per_stage batch_size momentum conv_strides label_change".split()
 # Flags that may differ between runs of a setting.
 APART = set(
-    "env_id seed exp_name run_dir device cuda_graph torch_threads resume checkpoint_interval overwrite evaluate "
-    "eval_interval metrics_interval log_interval capture_video save_model track wandb_project_name wandb_entity "
-    "pretrained_path".split()
+    "env_id seed exp_name run_dir device cuda_graph torch_threads resume checkpoint_interval "
+    "overwrite evaluate eval_interval metrics_interval log_interval capture_video save_model "
+    "track wandb_project_name wandb_entity pretrained_path".split()
 )
-OKABE_ITO = [
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-]  # told apart by everyone
+RESOLVED_BY_TASK = {"action_repeat", "sam_rho", "buffer_size"}  # of DeepMind Control
+# Policies that learn nothing: name of their runs, and how their flags tell.
+REFERENCES: dict[str, Callable[[dict], bool]] = {
+    "random": lambda args: args.get("eval_epsilon") == 1,
+    "constant": lambda args: "action" in args,  # of benchmark/constant_actions.py
+}
+COLUMNS = (
+    "path benchmark task exp_name seed steps score hours parameters returns first_steps args "
+    "accuracies learning_rate weight_decay mean_accuracy".split()
+)
+# fmt: on
 
-Cell = (
-    float | int | str | None | tuple[float, float | None, float | None]
-)  # of a tuple: value and its interval
+# What a table shows: a value with its interval (None where there is none), or something plain.
+Cell = float | int | str | None | tuple[float, float | None, float | None]
 
 
 @dataclass
 class Args:
     """Tables and figures from result.json files."""
 
-    runs: Annotated[
-        tuple[Path, ...], tyro.conf.Positional
-    ] = ()  # directories with the runs' directories
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # directories with the runs' directories
     table: Literal["1", "2", "3", "4", "7", "8", "9", "10"] | None = None  # of the paper
     scores: Path | None = None  # a CSV file of method, task, seed, score instead of runs
     benchmark: Literal["atari", "dmc"] = "atari"  # what the scores are of
@@ -141,1066 +126,566 @@ class Args:
     allow_missing: bool = False  # aggregate over the tasks that are there
     readme: Path | None = None  # instead of all this: a Markdown file, whose reports are made anew
 
-
-def fail(message: str, code: int) -> NoReturn:
-    """End with one line on stderr: code 2 for a flag that makes no sense, 1 for what is there."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
-
-
-def read_results(directories: Iterable[Path]) -> dict[tuple[str, str], dict]:
-    """{(task, exp_name): result} of the synthetic experiment's runs in the directories, their accuracies as arrays."""
-    results = {}
-    for path in [
-        path for directory in directories for path in sorted(directory.glob("**/result.json"))
-    ]:
-        try:
-            result = json.loads(path.read_text())
-            if result["script"] != "synth_cifar_plasticity.py":
-                continue
-            # null, of a replica that diverged, becomes nan.
-            accuracies = np.array(result["test_accuracy"], dtype=float)
-            if accuracies.ndim != 2 or np.isinf(accuracies).any() or accuracies.size == 0:
-                raise ValueError("test_accuracy")
-            numbers = ("learning_rate", "weight_decay", "final_accuracy_mean", "mean_accuracy_mean")
-            result |= {"test_accuracy": accuracies, "first_seed": int(result["first_seed"])}
-            result |= {name: np.array(result[name], dtype=float).item() for name in numbers}
-            key = (str(result["task"]), str(result["exp_name"]))
-            result["num_seeds"] = len(accuracies)
-            result["protocol"] = {name: result["args"][name] for name in PROTOCOL} | {
-                "images": result["data"]
-            }
-            flags = result["args"]
-            on = {"ln": flags["layer_norm"], "crelu": flags["crelu"], "sam": flags["sam_rho"] > 0}
-            on |= {"reset": flags["reset_interval"] > 0}
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-        ) as error:
-            fail(f"{path}: not a result of synth_cifar_plasticity.py ({error!r})", 1)
-        if key in results:
-            fail(f"{path}: another run of {' '.join(key)}; keep one of them there", 1)
-        if key[0] not in TASKS or key[1] not in NAMES:
-            print(
-                f"left out: {path}, whose exp-name is none of {', '.join(NAMES)}", file=sys.stderr
-            )
-            continue
-        parts = on.keys() if key[1] == "plastic" else key[1].split("_")
-        if any((part in parts) != is_on for part, is_on in on.items()):
-            fail(f"{path}: its flags are not those of {key[1]}", 1)
-        results[key] = result
-    for name in (*PROTOCOL, "images"):
-        values = sorted({json.dumps(result["protocol"][name]) for result in results.values()})
-        if len(values) > 1:
-            fail(
-                f"synthetic runs cannot be compared, they differ in {name}: {', '.join(values)}", 1
-            )
-    return results
+    def __post_init__(self) -> None:
+        for name in ("last", "reps", "runs_per_gpu"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to {2**32 - 1:,}")
+        others = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.readme is not None:
+            if others != ["readme"]:
+                raise ValueError("--readme: the reports' flags are in the file; none beside it")
+        elif bool(self.runs) == (self.scores is not None):
+            raise ValueError("directories with runs, or --scores FILE: one of them")
 
 
-def late_accuracy(result: dict, last: int) -> dict[int, float]:
-    """{seed: mean test accuracy over the last stages}."""
-    accuracies = result["test_accuracy"][:, -last:].mean(1)
-    return {result["first_seed"] + i: float(accuracy) for i, accuracy in enumerate(accuracies)}
+# --- Runs ---
 
 
-def gain(result: dict, base: dict, last: int) -> np.ndarray:
-    """Accuracy above base's, of each seed that both have."""
-    ours, theirs = late_accuracy(result, last), late_accuracy(base, last)
-    return np.array([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()])
+def result_files(directories: Iterable[Path]) -> Iterator[Path]:
+    """The result.json files below the directories, links followed, each directory once."""
+
+    def refuse(error: OSError) -> NoReturn:
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+
+    seen = set()
+    for directory in directories:
+        found = []
+        for folder, below, files in os.walk(directory, onerror=refuse, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:
+                below.clear()
+            elif "result.json" in files:
+                found.append(Path(folder) / "result.json")
+            below.sort()
+            seen.add(real)
+        yield from sorted(found)
 
 
-def with_interval(values: np.ndarray, digits: int = 3) -> str:
-    """The mean and its 95% interval (none below two values)."""
-    if len(values) < 2:
-        return f"{np.mean(values):.{digits}f}"
-    low, high = bootstrap_interval(values)
-    return f"{np.mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def training_run(result: dict) -> dict:
+    """A row of the table, from a reinforcement learning script's result."""
+    args, returns = dict(result["args"]), [float(value) for value in result["episode_returns"]]
+    score, hours = float(result["mean_return"]), float(result["wall_clock_seconds"]) / 3600
+    if not returns or not np.isfinite([score, hours, *returns]).all():
+        raise ValueError("mean_return, episode_returns or wall_clock_seconds")
+    row = {"task": str(result["env_id"]), "seed": int(result["seed"])}
+    row |= {"steps": int(result["env_steps"]), "parameters": int(result["parameters"])}
+    first_steps = int(args.get("learning_starts", 0)) * int(args.get("action_repeat", 1))
+    return row | dict(score=score, hours=hours, returns=returns, first_steps=first_steps, args=args)
 
 
-def print_table(results: dict[tuple[str, str], dict], last: int) -> None:
-    """Markdown, a row per method."""
-    print(
-        f"| method | task | test accuracy, last {last} stages | final | mean | learning rate, weight decay | seeds |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for method, name in NAMES.items():
-        for task in TASKS:
-            if (result := results.get((task, method))) is not None:
-                late = with_interval(np.array(list(late_accuracy(result, last).values())))
-                setting = f"{result['learning_rate']:g}, {result['weight_decay']:g}"
-                final, mean, seeds = (
-                    result[k] for k in ("final_accuracy_mean", "mean_accuracy_mean", "num_seeds")
-                )
-                print(
-                    f"| {name} | {task} | {late} | {final:.3f} | {mean:.3f} | {setting} | {seeds} |"
-                )
+def synthetic_run(result: dict) -> dict:
+    """The same, from the synthetic experiment's; a diverged replica's null becomes nan."""
+    accuracies = np.array(result["test_accuracy"], float)
+    if accuracies.ndim != 2 or accuracies.size == 0 or np.isinf(accuracies).any():
+        raise ValueError("test_accuracy")
+    numbers = {"score": "final_accuracy_mean", "mean_accuracy": "mean_accuracy_mean"}
+    numbers |= {name: name for name in ("learning_rate", "weight_decay")}
+    row = {name: np.array(result[key], float).item() for name, key in numbers.items()}
+    row |= {"task": str(result["task"]), "seed": 0, "steps": 0}
+    row |= {"args": dict(result["args"]) | {"images": result["data"]}}
+    seeds = int(result["first_seed"]) + np.arange(len(accuracies))
+    return row | {"accuracies": pd.DataFrame(accuracies, index=seeds)}
 
 
-def plot_figure3(results: dict[tuple[str, str], dict], last: int, path: Path) -> None:
-    """Bars: gain over base in percentage points, with intervals; a dot for each seed."""
-    gains = {
-        (task, method): 100 * gain(result, results[task, "base"], last)
-        for (task, method), result in results.items()
-        if method != "base" and (task, "base") in results
-    }
-    gains = {key: points for key, points in gains.items() if len(points) > 0}
-    if not gains:
-        fail("--plot: no method has a run of base on the same task, with a seed in common", 1)
-    panels = {
-        title: [method for method in methods if any((task, method) in gains for task in TASKS)]
-        for title, methods in METHODS.items()
-    }
-    panels = {title: methods for title, methods in panels.items() if methods}
-    widths = [len(methods) for methods in panels.values()]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.5 + 1.1 * sum(widths), 3.6), width_ratios=widths, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, (title, methods) in zip(axes[0], panels.items(), strict=True):
-        for shift, (task, colour) in zip((-0.2, 0.2), TASKS.items(), strict=True):
-            for x, method in enumerate(methods):
-                if (task, method) not in gains:
-                    continue
-                points = gains[task, method]
-                low, high = bootstrap_interval(points) or (points.mean(), points.mean())
-                error = [[points.mean() - low], [high - points.mean()]] if len(points) > 1 else None
-                axis.bar(
-                    x + shift, points.mean(), 0.36, color=colour, yerr=error, capsize=3, label=task
-                )
-                axis.plot(
-                    np.full(len(points), x + shift), points, "o", ms=3.5, mfc="white", mec="black"
-                )
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(methods)), [METHODS[title][method] for method in methods])
-        axis.set_title(title)
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-    protocol = next(iter(results.values()))["protocol"]
-    figure.suptitle(
-        f"{protocol['num_stages']} stages of {protocol['updates_per_stage']} updates, the last {last} averaged"
-    )
-    axes[0, 0].set_ylabel("test accuracy above base\n(percentage points)")
-    handles = {
-        label: handle
-        for axis in axes[0]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    axes[0, -1].legend(handles.values(), [f"{task} task" for task in handles])
-    save(figure, path)
+def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
+    """The table of runs, a row per result.json (of pretraining: none).
 
-
-# --- Reinforcement learning -------------------------------------------------------------------------------------------
-
-
-def read_runs(directories: Iterable[Path]) -> list[dict]:
-    """Results of the three scripts, each with benchmark, task, exp_name, seed, score (mean return), steps and hours."""
-    runs: dict[tuple, dict] = {}
-    for path in [
-        path for directory in directories for path in sorted(directory.glob("**/result.json"))
-    ]:
-        try:
-            result = json.loads(path.read_text())
-            if result["script"] not in SCRIPTS or result["args"].get("mode") == "pretrain":
-                continue
-            run = {name: str(result[name]) for name in ("script", "exp_name")} | {
-                "args": dict(result["args"])
-            }
-            run |= {
-                "benchmark": SCRIPTS[result["script"]],
-                "task": str(result["env_id"]),
-                "seed": int(result["seed"]),
-            }
-            run |= {
-                "score": float(result["mean_return"]),
-                "steps": int(result["env_steps"]),
-                "path": path.parent,
-            }
-            run["hours"] = float(result["wall_clock_seconds"]) / 3600
-            run["returns"] = [float(value) for value in result["episode_returns"]]
-            run["parameters"] = int(result["parameters"])
-            run["action_repeat"] = int(run["args"].get("action_repeat", 1))
-            run["first_steps"] = int(run["args"].get("learning_starts", 0)) * run["action_repeat"]
-            if (
-                not np.isfinite([run["score"], run["hours"], *run["returns"]]).all()
-                or not run["returns"]
-            ):
-                raise ValueError("mean_return, episode_returns or wall_clock_seconds")
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-        ) as error:
-            fail(f"{path}: not a result of these scripts ({error!r})", 1)
-        key = tuple(run[name] for name in ("benchmark", "exp_name", "task", "seed", "steps"))
-        if key in runs:
-            fail(
-                f"{path.parent} and {runs[key]['path']} are the same run twice; keep one of them there",
-                1,
-            )
-        runs[key] = run
-    return list(runs.values())
-
-
-def read_scores(path: Path, benchmark: str) -> list[dict]:
-    """The same of a CSV file with the columns method, task, seed, score; without steps and hours."""
-    runs: dict[tuple, dict] = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
-            reader = csv.DictReader(file, strict=True)
-            for column in ("method", "task", "seed", "score"):
-                if column not in (reader.fieldnames or []):
-                    raise ValueError(f"no column {column}")
-            for row in reader:
-                number = reader.line_num
-                try:
-                    run = {
-                        "benchmark": benchmark,
-                        "exp_name": row["method"],
-                        "task": row["task"],
-                        "steps": None,
-                    }
-                    run |= {
-                        "seed": int(row["seed"]),
-                        "score": float(row["score"]),
-                        "hours": None,
-                        "parameters": None,
-                    }
-                except (ValueError, TypeError):
-                    raise ValueError(f"line {number}: {row}") from None
-                key = (run["exp_name"], run["task"], run["seed"])
-                if (
-                    run["task"] not in ALL_TASKS[benchmark]
-                    or not abs(run["score"]) < 1e100
-                    or key in runs
-                ):
-                    raise ValueError(f"line {number}: {row}")
-                runs[key] = run | {"path": path}
-    except OSError as error:
-        fail(f"--scores {path}: {error.strerror}", 1)
-    except (ValueError, csv.Error) as error:
-        what = f"needs columns method, task, seed, score, tasks of {benchmark}, finite scores, no line twice"
-        fail(f"--scores {path}: {what} ({error})", 1)
-    return list(runs.values())
-
-
-def setting(run: dict) -> dict:
-    """What has to be the same in runs that are put together: all flags but those that say which run it is, and how."""
-    by_task = (
-        {"action_repeat", "sam_rho", "buffer_size"} if run["benchmark"] == "dmc" else set()
-    )  # resolved by task
-    return {
-        name: value for name, value in run.get("args", {}).items() if name not in APART | by_task
-    }
-
-
-def check_name(run: dict) -> None:
-    """End with one line if a run named after interventions has others on."""
-    args, first = run.get("args", {}), run["exp_name"].split("_")[0]
-    if (
-        first not in SINGLE
-        or run["benchmark"] == "pretrained"
-        or not {"layer_norm", "crelu"} <= args.keys()
-    ):
-        return
-    parts = "ln sam crelu reset".split() if first == "plastic" else run["exp_name"].split("_")
-    on = {
-        "ln": args["layer_norm"],
-        "crelu": args["crelu"],
-        "reset": args.get("reset_interval", 0) > 0,
-    }
-    on["sam"] = args.get("sam_rho", 0) > 0
-    if any((name in parts) != bool(is_on) for name, is_on in on.items()):
-        fail(f"{run['path']}: its flags are not those of {run['exp_name']}", 1)
-
-
-def choose(runs: list[dict], benchmark: str, exp_name: str) -> list[dict]:
-    """The runs of one setting; ends with one line if they are of more than one, or not what their name says."""
-    chosen = [run for run in runs if (run["benchmark"], run["exp_name"]) == (benchmark, exp_name)]
-    for run in chosen:
-        check_name(run)
-        settings = [{"steps": other["steps"]} | setting(other) for other in (chosen[0], run)]
-        for name in dict.fromkeys([*settings[0], *settings[1]]):
-            one, other = (json.dumps(values.get(name)) for values in settings)
-            if one != other:
-                problem = (
-                    f"they differ in {name}: {one} in {chosen[0]['path']}, {other} in {run['path']}"
-                )
-                fail(f"runs of {exp_name} cannot be put together, {problem}", 1)
-    return chosen
-
-
-def score_matrix(runs: list[dict], tasks: list[str], note: Callable[[str], None]) -> np.ndarray:
-    """Scores [seeds, tasks] of the given tasks, the first seeds of each, as many as all have."""
-    by_task = {
-        task: sorted((run["seed"], run["score"]) for run in runs if run["task"] == task)
-        for task in tasks
-    }
-    counts = {task: len(scores) for task, scores in by_task.items()}
-    fewest = min(counts.values())
-    if max(counts.values()) > fewest:
-        note(f"cut to the first {fewest} seeds of each task (of up to {max(counts.values())})")
-    if len({tuple(seed for seed, _ in scores[:fewest]) for scores in by_task.values()}) > 1:
-        note("tasks have different seeds")
-    return np.array([[score for _, score in by_task[task][:fewest]] for task in tasks]).T
-
-
-def normalized(matrix: np.ndarray, tasks: list[str], benchmark: str) -> np.ndarray:
-    """Human-normalized scores of Atari; DeepMind Control's returns as they are."""
-    if benchmark == "dmc":
-        return matrix
-    columns = zip(matrix.T, tasks, strict=True)
-    return np.array(
-        [[human_normalized_score(task, score) for score in column] for column, task in columns]
-    ).T
-
-
-def aggregates(matrix: np.ndarray, benchmark: str, args: Args) -> dict[str, Cell]:
-    """All of AGGREGATES for scores [seeds, tasks], with intervals where there are two seeds at least.
-
-    rliable's median is that over tasks of the mean over seeds; the paper's for DeepMind Control is the median over
-    seeds of the mean over tasks.
+    path: the run's directory. benchmark: "atari", "dmc", "pretrained", "synthetic". args: flags.
+    steps: environment steps, action repeats counted; first_steps: those before learning starts.
+    score: mean return of the final evaluation; returns: of its episodes. hours: wall-clock time.
+    Synthetic: task is "input" or "label", seed and steps are 0; accuracies is a table of its own (a
+    row per seed, a column per stage), score and mean_accuracy are the means at the end and overall.
     """
-    gamma = 1000.0 if benchmark == "dmc" else 1.0
-
-    def all_of_them(scores: np.ndarray) -> np.ndarray:
-        return np.array([
-            metrics.aggregate_iqm(scores), metrics.aggregate_median(scores), metrics.aggregate_mean(scores),
-            metrics.aggregate_optimality_gap(scores, gamma), np.median(scores.mean(1)),
-        ])  # fmt: skip
-
-    values = all_of_them(matrix)
-    low = high = [None] * len(values)
-    if len(matrix) > 1:
-        np.random.seed(args.seed)  # rliable draws its bootstrap from NumPy's global generator
-        _, intervals = library.get_interval_estimates({"": matrix}, all_of_them, reps=args.reps)
-        low, high = intervals[""]
-    return {
-        name: (float(v), lo, hi)
-        for name, v, lo, hi in zip(AGGREGATES, values, low, high, strict=True)
-    }
-
-
-def paper(name: str) -> list[dict[str, str]]:
-    """Rows of a table in benchmark/paper/."""
-    with open(PAPER / name, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def paper_cells(row: dict[str, str]) -> dict[str, Cell]:
-    """The aggregates that a row of the paper prints."""
-    cells: dict[str, Cell] = {}
-    for name in AGGREGATES:
-        if row.get(name):
-            low, high = (
-                float(row[f"{name}_{end}"]) if f"{name}_{end}" in row else None
-                for end in ("low", "high")
-            )
-            cells[name] = (float(row[name]), low, high)
-    return cells
-
-
-def aggregate_tables(
-    table: str,
-) -> list[tuple[str, str, list[str], list[tuple[str, str, dict[str, Cell]]]]]:
-    """(title, benchmark, aggregates, [(label, exp_name, the paper's cells)]) of Tables 1 to 4."""
-    if table == "1":
-        tables = []
-        for benchmark, title in (("atari", "Atari-100k"), ("dmc", "DeepMind Control")):
-            rows = {
-                row["method"]: row
-                for row in paper("table1_main.csv")
-                if row["benchmark"] == benchmark
-            }
-            shown = [
-                (label, exp_name, paper_cells(rows[label])) for exp_name, label in SINGLE.items()
-            ]
-            names = (
-                ["iqm", "median", "mean"]
-                if benchmark == "atari"
-                else ["iqm", "seed_median", "median", "mean"]
-            )
-            if benchmark == "dmc":  # the paper's median is the one over seeds
-                shown = [
-                    (label, name, cells | {"seed_median": cells.pop("median")})
-                    for label, name, cells in shown
-                ]
-            tables.append((f"Table 1, {title}", benchmark, names, shown))
-        return tables
-    if table == "2":
-        rows = [row for row in paper("table2_scaling.csv") if row["method"].startswith("PLASTIC")]
-        shown = []
-        for row in rows:
-            name = {"PLASTIC†": "ln_reset", "PLASTIC": "plastic"}[row["method"]]
-            name += "" if row["replay_ratio"] == "2" else f"_rr{row['replay_ratio']}"
-            cells = paper_cells(row) | {
-                "hours": float(row["gpu_hours"]),
-                "parameters": float(row["params_m"]),
-            }
-            shown.append((f"{row['method']}:{row['replay_ratio']}", name, cells))
-        return [("Table 2", "atari", ["iqm", "median", "mean", "og"], shown)]
-    if table == "3":
-        shown = []
-        for row in paper("table3_pretrained.csv"):
-            on = [name for name in ("sam", "reset_dagger") if row[name] == "1"]
-            name = "_".join(on).replace("_dagger", "") or "base"
-            label = f"RR {row['replay_ratio']}" + "".join(
-                f", {'SAM' if n == 'sam' else 'Reset†'}" for n in on
-            )
-            shown.append((label, f"pretrained_{name}_rr{row['replay_ratio']}", paper_cells(row)))
-        return [("Table 3", "pretrained", ["iqm"], shown)]
-    shown = []
-    for row in paper("table4_ablation.csv"):
-        on = [name for name in ("ln", "sam", "crelu", "reset") if row[name] == "1"]
-        exp_name = {0: "base", 4: "plastic"}.get(len(on), "_".join(on))
-        shown.append(
-            (" + ".join(SINGLE[name] for name in on) or "Base", exp_name, paper_cells(row))
-        )
-    return [("Table 4", "atari", ["iqm"], shown)]
-
-
-def row_of(
-    runs: list[dict], benchmark: str, exp_name: str, notes: list[str], args: Args
-) -> dict[str, Cell]:
-    """All aggregates of one setting, and the number of its runs; without aggregates where tasks are missing.
-
-    `notes` takes a line on whatever is missing, cut or shorter than in the paper.
-    """
-    chosen, tasks = choose(runs, benchmark, exp_name), ALL_TASKS[benchmark]
-    there = [task for task in tasks if any(run["task"] == task for run in chosen)]
-    row: dict[str, Cell] = {"runs": len(chosen)}
-    if not there:
-        return row
-    hours = [run["hours"] for run in chosen if run["hours"] is not None]
-    if hours:
-        row["hours"] = float(np.mean(hours)) / args.runs_per_gpu
-        row["parameters"] = float(np.mean([run["parameters"] for run in chosen])) / 1e6
-        expected = 2_000_000 if benchmark == "dmc" else 100_000
-        if chosen[0]["steps"] != expected:
-            notes.append(f"{exp_name}: runs of {chosen[0]['steps']:,} steps, not of {expected:,}")
-    if missing := [task for task in tasks if task not in there]:
-        what = "no aggregate (--allow-missing makes one of the others)"
-        if args.allow_missing:
-            what = f"aggregated over {len(there)} of {len(tasks)} tasks"
-        notes.append(f"{exp_name}: no runs of {', '.join(missing)}; {what}")
-        if not args.allow_missing:
-            return row | {"refused": 1}
-    matrix = score_matrix(chosen, there, lambda text: notes.append(f"{exp_name}: {text}"))
-    return row | aggregates(normalized(matrix, there, benchmark), benchmark, args)
-
-
-def print_rows(title: str, rows: list[dict[str, Cell]], digits: int, form: str) -> None:
-    """A table: Markdown, CSV (its title first; an interval in two more columns) or a line of JSON."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def text(cell: Cell) -> str:
-        if isinstance(cell, tuple):
-            value, low, high = cell
-            return f"{value:.{digits}f}" + (
-                "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
-            )
-        return (
-            "" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
-        )
-
-    if form == "json":
-        print(json.dumps({"title": title, "rows": rows}, ensure_ascii=False))
-    elif form == "csv":
-        print(f"# {title}")
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        ranged = {
-            c
-            for c in columns
-            if any(isinstance(row.get(c), tuple) and row[c][1] is not None for row in rows)
-        }
-        writer.writerow(
-            [
-                name
-                for c in columns
-                for name in ([c, f"{c} low", f"{c} high"] if c in ranged else [c])
-            ]
-        )
-        for row in rows:
-            cells = [(row.get(c), c) for c in columns]
-            parts = [
-                (list(x) if isinstance(x, tuple) else [x, None, None])[: 3 if c in ranged else 1]
-                for x, c in cells
-            ]
-            writer.writerow([text(x) for part in parts for x in part])
-    else:
-        print(f"{title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-        for row in rows:
-            print("| " + " | ".join(text(row.get(c)).replace("|", "\\|") for c in columns) + " |")
-        print()
-
-
-def print_table_of_aggregates(runs: list[dict], args: Args) -> bool:
-    """Tables 1 to 4, ours beside the paper's; whether an aggregate was refused."""
-    refused = False
-    for title, benchmark, names, shown in aggregate_tables(args.table):
-        rows, notes = [], []
-        for label, exp_name, printed in shown:
-            ours = row_of(runs, benchmark, exp_name, notes, args)
-            refused |= "refused" in ours
-            row: dict[str, Cell] = {"method": label, "runs": ours["runs"]}
-            for name in names:
-                row |= {
-                    AGGREGATES[name]: ours.get(name),
-                    f"{AGGREGATES[name]}, paper": printed.get(name),
-                }
-            if "hours" in printed:
-                row |= {"GPU hours": ours.get("hours"), "GPU hours, paper": printed["hours"]}
-                row |= {
-                    "million parameters": ours.get("parameters"),
-                    "parameters, paper": printed["parameters"],
-                }
-            rows.append(row)
-        if not any(row["runs"] for row in rows):
-            notes.append(f"{title}: no runs of {', '.join(name for _, name, _ in shown)}")
-        print_rows(title, rows, 1 if benchmark == "dmc" else 3, args.format)
-        print("\n".join(notes), file=sys.stderr, end="\n" if notes else "")
-    return refused
-
-
-def print_table_by_task(runs: list[dict], args: Args) -> None:
-    """Tables 7 to 10: mean returns over seeds, ours beside the paper's, and the other columns that the paper prints."""
-    name, benchmark, exp_names = PER_TASK[args.table]
     rows = []
-    chosen = {column: choose(runs, benchmark, exp_name) for column, exp_name in exp_names.items()}
-    expected = 2_000_000 if benchmark == "dmc" else 100_000
-    for column, own in chosen.items():
-        missing = [
-            task for task in ALL_TASKS[benchmark] if task not in {run["task"] for run in own}
-        ]
-        if missing:
-            print(
-                f"{exp_names[column]}: no runs of {', '.join(missing) if own else 'any task'}",
-                file=sys.stderr,
-            )
-        if own and own[0]["steps"] not in (None, expected):
-            print(
-                f"{exp_names[column]}: runs of {own[0]['steps']:,} steps, not of {expected:,}",
-                file=sys.stderr,
-            )
-    for printed in paper(name):
-        row: dict[str, Cell] = {"task": printed["Game"]}
-        for column in [column for column in printed if column != "Game"]:
-            if column in chosen:
-                scores = [run["score"] for run in chosen[column] if run["task"] == printed["Game"]]
-                row |= {
-                    column: float(np.mean(scores)) if scores else None,
-                    f"{column}, runs": len(scores),
-                }
-            row[f"{column}, paper"] = float(printed[column]) if printed[column] else None
+    for path in result_files(directories):
+        try:
+            result = json.loads(path.read_bytes())
+            benchmark = SCRIPTS[result["script"]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            say(f"left out: {path}, not a result of these scripts")
+            continue
+        try:
+            if result["args"].get("mode") == "pretrain":
+                continue
+            row = {"path": path.parent, "benchmark": benchmark, "exp_name": str(result["exp_name"])}
+            row |= synthetic_run(result) if benchmark == "synthetic" else training_run(result)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            sys.exit(f"error: {path}: not a whole result of {result['script']} ({error!r})")
         rows.append(row)
-    print_rows(f"Table {args.table}", rows, 1, args.format)
-
-
-def print_scores(runs: list[dict], args: Args) -> bool:
-    """All aggregates of each method; whether one was refused."""
-    rows, notes = [], []
-    for method in dict.fromkeys(run["exp_name"] for run in runs):
-        ours = row_of(runs, args.benchmark, method, notes, args)
-        rows.append(
-            {"method": method, "runs": ours["runs"]}
-            | {AGGREGATES[n]: ours.get(n) for n in AGGREGATES}
-        )
-    print_rows("human-normalized scores" if args.benchmark == "atari" else "returns", rows,
-               1 if args.benchmark == "dmc" else 3, args.format)  # fmt: skip
-    print("\n".join(notes), file=sys.stderr, end="\n" if notes else "")
-    return any(row["IQM"] is None for row in rows)
-
-
-def read_curves(run: dict) -> dict[str, list[tuple[int, float]]]:
-    """A run's scalars over environment steps, from its TensorBoard events: evaluation, training, plasticity metrics."""
-    events = EventAccumulator(str(run["path"]), size_guidance={"scalars": 0})
-    events.Reload()
-    repeat = run["action_repeat"]
-    return {
-        tag: sorted((e.step * repeat, e.value) for e in events.Scalars(tag))
-        for tag in events.Tags()["scalars"]
-    }
-
-
-# Policies that learn nothing: name of their runs, and how their flags tell.
-REFERENCES: dict[str, Callable[[dict], bool]] = {
-    "random": lambda args: args.get("eval_epsilon") == 1,
-    "constant": lambda args: "action" in args,  # of benchmark/constant_actions.py
-}
-
-
-def add_curves(runs: list[dict]) -> list[dict]:
-    """The runs, each with its curves and the returns of policies that learn nothing.
-
-    "random" and "constant": returns of the REFERENCES on the same task, whose own runs are left out; "first" and
-    "late": of the run's own episodes before learning starts, and of those that end in the last quarter of its steps.
-    """
-    references = [
-        run for run in runs if (told := REFERENCES.get(run["exp_name"])) and told(run["args"])
-    ]
-    returns: dict[tuple, list[float]] = {}
-    for run in references:
-        returns.setdefault((run["exp_name"], run["benchmark"], run["task"]), []).extend(
-            run["returns"]
-        )
-    runs = [run for run in runs if run not in references]
-    if references and not runs:
-        fail("no runs there but of policies that learn nothing", 1)
-    for run in runs:
-        run["curves"] = read_curves(run)
-        episodes = run["curves"].get("charts/episodic_return", [])
-        run["first"] = [value for step, value in episodes if step <= run["first_steps"]]
-        run["late"] = [value for step, value in episodes if step > 0.75 * run["steps"]]
-        run |= {name: returns.get((name, run["benchmark"], run["task"]), []) for name in REFERENCES}
+    runs = pd.DataFrame(rows, columns=COLUMNS)
+    for _, paths in runs.groupby(["benchmark", "task", "exp_name", "seed", "steps"]).path:
+        if len(paths) > 1:
+            both = f"{paths.iloc[0]} and {paths.iloc[1]}"
+            sys.exit(f"error: {both} are the same run twice; keep one of them there")
     return runs
 
 
-def random_returns(runs: list[dict]) -> list[float]:
-    """A random policy's returns on the task of these runs: measured apart, or else their first episodes."""
-    return runs[0]["random"] or [value for run in runs for value in run["first"]]
+def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
+    """The same table from a CSV file with the columns method, task, seed, score."""
+    names = ["method", "task", "seed", "score"]
+    try:  # as text, the header too: pandas would rename a column that is there twice
+        lines = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
+        header = lines.iloc[0].tolist()
+        if any(header.count(name) != 1 for name in names):
+            raise ValueError(f"the first line is {header}")
+        lines = lines[1:].set_axis(header, axis="columns")[names]
+        runs = lines.astype({"seed": int, "score": float})
+        wrong = ~runs.task.isin(ALL_TASKS[benchmark]) | ~(runs.score.abs() < 1e100)
+        wrong |= runs.duplicated(["method", "task", "seed"])
+        if wrong.any():
+            raise ValueError(f"line {wrong.idxmax() + 1}: {','.join(lines[wrong].iloc[0])}")
+    except ValueError as error:  # pandas' own among them
+        needs = f"columns method, task, seed, score, each once, tasks of {benchmark}, finite scores"
+        sys.exit(f"error: --scores {path}: needs {needs}, no line twice ({str(error).strip()})")
+    runs = runs.rename(columns={"method": "exp_name"}).assign(benchmark=benchmark, path=path)
+    return runs.reindex(columns=COLUMNS).assign(args=[{} for _ in runs.index])
 
 
-def paper_returns() -> dict[tuple[str, str, str], float]:
-    """{(benchmark, exp_name, task): mean return} of the paper's tables by task, at full length."""
-    return {
-        (benchmark, exp_name, row["Game"]): float(row[column])
-        for name, benchmark, exp_names in PER_TASK.values()
-        for row in paper(name)
-        for column, exp_name in exp_names.items()
-        if row[column]
-    }
-
-
-def print_returns(runs: list[dict], args: Args) -> None:
-    """A row per task, name and length."""
-    printed = paper_returns()
-    groups: dict[tuple, list[dict]] = {}
-    for run in runs:
-        groups.setdefault(
-            (run["benchmark"], run["task"], run["exp_name"], run["steps"]), []
-        ).append(run)
-    rows = []
-    for (benchmark, task, exp_name, steps), group in groups.items():
-        scores = np.array([run["score"] for run in group])
-        random = random_returns(group)
-        low, high = bootstrap_interval(scores) if len(scores) > 1 else (None, None)
-        row = {"task": task, "run": exp_name, "steps": f"{steps:,}"}
-        row["random policy"] = f"{np.mean(random):.1f} ({len(random)} episodes)" if random else ""
-        row["best constant action"] = (
-            float(np.mean(group[0]["constant"])) if group[0]["constant"] else ""
-        )
-        late = [value for run in group for value in run["late"]]
-        row["last training episodes"] = f"{np.mean(late):.1f} ({len(late)})" if late else ""
-        row |= {"mean return": (float(scores.mean()), low, high), "seeds": len(group)}
-        row["paper, full length"] = printed.get((benchmark, exp_name, task))
-        row["hours a run"] = f"{np.mean([run['hours'] for run in group]):.1f}"
-        rows.append(row)
-    print_rows("Returns", rows, 1, args.format)
-
-
-METRICS = {  # of Figure 4, by tag
-    "plasticity/hessian_max_eigenvalue": "largest eigenvalue of the Hessian",
-    "plasticity/active_units/head": "active units, head",
-    "plasticity/active_units/backbone": "active units, backbone",
-}
-
-
-def print_metrics(runs: list[dict], args: Args) -> None:
-    """A row per task and name: Figure 4's metrics, each the median over the second half of every run's measurements."""
-    groups: dict[tuple, list[dict]] = {}
-    for run in runs:
-        if any(run["curves"].get(tag) for tag in METRICS):
-            groups.setdefault(
-                (run["benchmark"], run["task"], run["exp_name"], run["steps"]), []
-            ).append(run)
-    rows = []
-    for (_, task, exp_name, steps), group in groups.items():
-        row: dict[str, Cell] = {
-            "task": task,
-            "run": exp_name,
-            "steps": f"{steps:,}",
-            "seeds": len(group),
-        }
-        for tag, title in METRICS.items():
-            late = [curve[len(curve) // 2 :] for run in group if (curve := run["curves"].get(tag))]
-            row[title] = (
-                f"{np.median([value for curve in late for _, value in curve]):.3g}" if late else ""
-            )
-        rows.append(row)
-    if rows:
-        print_rows("Plasticity, the median of each run's second half", rows, 3, args.format)
-
-
-# --- Figures of reinforcement learning --------------------------------------------------------------------------------
-
-
-def plot_curves(runs: list[dict], path: Path) -> None:
-    """A panel per task: mean return of each evaluation over environment steps, a line per run, a colour per name."""
-    runs = [run for run in runs if run["curves"].get("eval/mean_return")]
-    tasks, names = (list(dict.fromkeys(run[key] for run in runs)) for key in ("task", "exp_name"))
-    if not tasks:
+def check_name(run: pd.Series) -> None:
+    """End with one line if a run that is named after interventions has others on."""
+    parts, args = run.exp_name.split("_"), run.args
+    if parts[0] not in SINGLE or run.benchmark == "pretrained" or "layer_norm" not in args:
         return
-    columns = min(len(tasks), 4)
-    rows = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.5 + 4 * columns, 3.4 * rows), squeeze=False, layout="constrained"
-    )  # fmt: skip
-    for axis in axes.flat[len(tasks) :]:
-        axis.axis("off")
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        for run in (run for run in runs if run["task"] == task):
-            colour = OKABE_ITO[names.index(run["exp_name"]) % len(OKABE_ITO)]
-            steps, returns = zip(*run["curves"]["eval/mean_return"], strict=True)
-            axis.plot(
-                np.array(steps) / 1000, returns, "o-", ms=3, color=colour, label=run["exp_name"]
-            )
-        random = random_returns([run for run in runs if run["task"] == task])
-        if random:
-            axis.axhline(np.mean(random), color="gray", linestyle="--", label="random policy")
-        if constant := next((run["constant"] for run in runs if run["task"] == task), []):
-            axis.axhline(
-                np.mean(constant), color="gray", linestyle=":", label="best constant action"
-            )
-        axis.set(title=task, xlabel="thousand environment steps", ylabel="mean return")
-        axis.grid(alpha=0.3)
-        handles = {
-            label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        axis.legend(handles.values(), handles.keys())
-    save(figure, path)
+    if parts[0] == "plastic":
+        parts = ["ln", "sam", "crelu", "reset"]
+    on = {"ln": args["layer_norm"], "crelu": args.get("crelu")}
+    on |= {"sam": args.get("sam_rho", 0) > 0, "reset": args.get("reset_interval", 0) > 0}
+    if any((name in parts) != bool(is_on) for name, is_on in on.items()):
+        sys.exit(f"error: {run.path}: its flags are not those of {run.exp_name}")
 
 
-def bars(axis: plt.Axes, cells: dict[str, Cell], title: str, ylabel: str) -> None:
-    """A bar with its interval for each label, in one colour each."""
-    for x, (label, cell) in enumerate(cells.items()):
-        value, low, high = cell
-        error = None if low is None else [[value - low], [high - value]]
-        axis.bar(
-            x, value, 0.7, color=OKABE_ITO[x % len(OKABE_ITO)], yerr=error, capsize=4, label=label
+def difference(runs: pd.DataFrame, apart: set[str] = APART) -> str:
+    """The first setting that is not the same in all these runs; "" where all are.
+
+    Settings are the length and all flags but those `apart`.
+    """
+    if (runs.benchmark == "dmc").any():
+        apart = apart | RESOLVED_BY_TASK
+    settings = [{"steps": run.steps} | run.args for run in runs.itertuples()]
+    for name in dict.fromkeys(name for flags in settings for name in flags if name not in apart):
+        values = [json.dumps(flags.get(name)) for flags in settings]
+        for value, path in zip(values, runs.path, strict=True):
+            if value != values[0]:
+                return f"{name}: {values[0]} in {runs.path.iloc[0]}, {value} in {path}"
+    return ""
+
+
+def choose(runs: pd.DataFrame, benchmark: str, exp_name: str) -> pd.DataFrame:
+    """The runs of one setting; ends with one line if they are of more, or not what they say."""
+    chosen = runs[(runs.benchmark == benchmark) & (runs.exp_name == exp_name)]
+    for run in chosen.itertuples():
+        check_name(run)
+    if problem := difference(chosen):
+        sys.exit(f"error: runs of {exp_name} cannot be put together, they differ in {problem}")
+    return chosen
+
+
+def synthetic_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Those of the synthetic experiment; ends with one line if they do not compare."""
+    runs = runs[runs.benchmark == "synthetic"]
+    known = runs.exp_name.isin(SYNTHETIC) & runs.task.isin(["input", "label"])
+    for path in runs.path[~known]:
+        say(f"left out: {path}, whose exp-name is none of {', '.join(SYNTHETIC)}")
+    runs = runs[known]
+    for run in runs.itertuples():
+        check_name(run)
+    names = {name for args in runs.args for name in args}
+    if problem := difference(runs, names - {*PROTOCOL, "images"}):
+        sys.exit(f"error: synthetic runs cannot be compared, they differ in {problem}")
+    return runs
+
+
+# --- Aggregates ---
+
+
+def score_matrix(runs: pd.DataFrame, tasks: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Scores [seeds, tasks] of the first seeds, as many as all tasks have; what to say of it."""
+    counts, notes = runs.task.value_counts(), []
+    first = runs.sort_values("seed").groupby("task").head(counts.min())
+    if counts.max() > counts.min():
+        notes.append(
+            f"cut to the first {counts.min()} seeds of each task (of up to {counts.max()})"
         )
-    axis.set_xticks(range(len(cells)), [label.replace(" ", "\n") for label in cells])
-    axis.set(title=title, ylabel=ylabel)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
+    if (first.seed.value_counts() < len(tasks)).any():
+        notes.append("tasks have different seeds")
+    return np.array([first.score[first.task == task] for task in tasks]).T, notes
 
 
-# Panels of Figures 5 and 6: title, benchmark, exp-name by label.
-PANELS = {
-    "figure5": [
-        ("noise in SAM's passes", "atari", {"no SAM": "base", "independent": "sam", "reused": "sam_reused",
-            "none in the first": "sam_noiseless"}),
-        ("SAM on", "atari", {"nothing": "base", "backbone": "sam_backbone", "head": "sam_head", "all": "sam"}),
-        ("SAM on, with resets", "atari", {"nothing": "reset", "backbone": "sam_reset_backbone",
-            "head": "sam_reset_head", "all": "sam_reset"}),
-        ("SAM on (DeepMind Control)", "dmc", {"nothing": "base", "actor": "sam_actor", "critic": "sam_critic",
-            "all": "sam"}),
-    ],
-    "figure6": [
-        ("rho", "atari", {"0": "base", "0.03": "sam_rho0.03", "0.1": "sam", "0.3": "sam_rho0.3"}),
-        *[(f"batch size, {title}", "atari", {"16": f"{name}_batch16", "32": name, "64": f"{name}_batch64"})
-          for name, title in (("base", "base"), ("sam", "SAM"), ("reset", "Reset"), ("sam_reset", "SAM + Reset"))],
-    ],
-}  # fmt: skip
+def all_aggregates(scores: np.ndarray, gamma: float, args: Args) -> dict[str, Cell]:
+    """All of AGGREGATES for scores [seeds, tasks], with intervals where there are two seeds.
+
+    rliable's median is that over tasks of the mean over seeds; the paper's for DeepMind Control is
+    the median over seeds of the mean over tasks.
+    """
+
+    def values(scores: np.ndarray) -> np.ndarray:
+        three = (metrics.aggregate_iqm, metrics.aggregate_median, metrics.aggregate_mean)
+        gap = metrics.aggregate_optimality_gap(scores, gamma)
+        return np.array([*(function(scores) for function in three), gap, np.median(scores.mean(1))])
+
+    low = high = [None] * len(AGGREGATES)
+    if len(scores) > 1:
+        np.random.seed(args.seed)  # rliable draws its bootstrap from NumPy's global generator
+        _, intervals = library.get_interval_estimates({"": scores}, values, reps=args.reps)
+        low, high = intervals[""]
+    cells = zip(values(scores).tolist(), low, high, strict=True)
+    return dict(zip(AGGREGATES, cells, strict=True))
 
 
-def plot_panels(runs: list[dict], figure_name: str, path: Path, args: Args) -> None:
-    """Figure 5 or 6: bars of the IQM; nothing where no panel has two bars."""
-    panels, notes = [], []
-    for title, benchmark, exp_names in PANELS[figure_name]:
-        rows = {
-            label: row_of(runs, benchmark, name, notes, args) for label, name in exp_names.items()
-        }
-        cells = {label: row["iqm"] for label, row in rows.items() if "iqm" in row}
-        if len(cells) > 1:
-            panels.append(
-                (title, cells, "IQM of returns" if benchmark == "dmc" else "IQM, human-normalized")
-            )
-    if panels:
-        figure, axes = plt.subplots(
-            1,
-            len(panels),
-            figsize=(1 + 3.4 * len(panels), 3.4),
-            squeeze=False,
-            layout="constrained",
-        )
-        for axis, (title, cells, ylabel) in zip(axes[0], panels, strict=True):
-            bars(axis, cells, title, ylabel)
-        for axis in axes[0]:  # comparable at a glance
-            alike = [
-                other.get_ylim()[1] for other in axes[0] if other.get_ylabel() == axis.get_ylabel()
-            ]
-            axis.set_ylim(min(0, axis.get_ylim()[0]), max(alike))
-        save(figure, path)
+def length_note(runs: pd.DataFrame, benchmark: str) -> list[str]:
+    """What to say of runs that are not as long as the paper's."""
+    steps, expected = runs.steps.iloc[0], 2_000_000 if benchmark == "dmc" else 100_000
+    if pd.isna(steps) or steps == expected:
+        return []
+    return [f"runs of {steps:,} steps, not of {expected:,}"]
 
 
-def plot_figure4(runs: list[dict], path: Path) -> None:
-    """Largest eigenvalue and active units over time, a line per method: mean over runs, with the range of the runs."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    drawn = False
-    for axis, (tag, title) in zip(axes, METRICS.items(), strict=True):
-        for colour, (exp_name, label) in zip(OKABE_ITO, SINGLE.items(), strict=False):
-            names = (exp_name, f"{exp_name}_metrics")
-            curves = [run["curves"].get(tag) for run in runs if run["exp_name"] in names]
-            values: dict[int, list[float]] = {}
-            for step, value in [point for curve in curves if curve for point in curve]:
-                values.setdefault(step, []).append(value)
-            if values:
-                drawn = True
-                steps = np.array(sorted(values))
-                lowest, mean, highest = (
-                    [function(values[step]) for step in steps] for function in (min, np.mean, max)
-                )
-                axis.plot(steps / 1000, mean, "o-", ms=3, color=colour, label=label)
-                axis.fill_between(
-                    steps / 1000, lowest, highest, color=colour, alpha=0.15, linewidth=0
-                )
-        axis.set(title=title, xlabel="thousand environment steps")
-        if "eigenvalue" in tag:
-            axis.set_yscale("log")
+def aggregate(runs: pd.DataFrame, benchmark: str, exp_name: str, args: Args) -> dict:
+    """All aggregates of one setting, its "runs", "hours" and "parameters" (millions).
+
+    "notes" say whatever is missing, cut or shorter than in the paper. Where tasks are missing,
+    there are no aggregates, and "refused" is True.
+    """
+    runs = choose(runs, benchmark, exp_name)
+    row: dict = {"runs": len(runs), "notes": [], "refused": False}
+    there = [task for task in ALL_TASKS[benchmark] if task in set(runs.task)]
+    missing = [task for task in ALL_TASKS[benchmark] if task not in there]
+    if not there:
+        return row
+    notes = length_note(runs, benchmark)
+    if runs.hours.notna().all():
+        row["hours"] = float(runs.hours.mean()) / args.runs_per_gpu
+        row["parameters"] = float(runs.parameters.mean()) / 1e6
+    if missing:
+        what = "no aggregate (--allow-missing makes one of the others)"
+        if args.allow_missing:
+            what = f"aggregated over {len(there)} of {len(ALL_TASKS[benchmark])} tasks"
+        notes.append(f"no runs of {', '.join(missing)}; {what}")
+    row["refused"] = bool(missing) and not args.allow_missing
+    if not row["refused"]:
+        runs = runs[runs.task.isin(there)]
+        if benchmark != "dmc":
+            pairs = zip(runs.task, runs.score, strict=True)
+            runs = runs.assign(score=[human_normalized_score(*pair) for pair in pairs])
+        scores, more = score_matrix(runs, there)
+        notes += more
+        row |= all_aggregates(scores, 1000.0 if benchmark == "dmc" else 1.0, args)
+    return row | {"notes": [f"{exp_name}: {note}" for note in notes]}
+
+
+def mean_with_interval(values: np.ndarray) -> Cell:
+    """The mean over seeds and its 95% bootstrap interval (none below two)."""
+    return (float(np.mean(values)), *(bootstrap_interval(values) or (None, None)))
+
+
+# --- The paper's tables ---
+
+
+def paper(name: str) -> list[dict]:
+    """Rows of a table in benchmark/paper/, None where the paper prints nothing."""
+    table = pd.read_csv(PAPER / name, dtype={"replay_ratio": str}, float_precision="round_trip")
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def paper_cell(row: dict, name: str) -> Cell:
+    """An aggregate as the paper prints it."""
+    if row.get(name) is None:
+        return None
+    ends = (row.get(f"{name}_{end}") for end in ("low", "high"))
+    return (float(row[name]), *(None if end is None else float(end) for end in ends))
+
+
+def paper_rows(number: str) -> list[dict]:
+    """Rows of Tables 1 to 4, each with a label and our exp_name (None: not a method of ours)."""
+    rows = paper(AGGREGATE_TABLES[number][0])
+    for row in rows:
+        parts = [part for part in PARTS if row.get(part)]
+        if number == "1":
+            label = row["method"]
+            name = {label: name for name, label in SINGLE.items()}[label]
+            if row["benchmark"] == "dmc":  # the paper's median is the one over seeds
+                row |= {f"seed_{key}": row.pop(key) for key in list(row) if "median" in key}
+        elif number == "2":
+            label = f"{row['method']}:{row['replay_ratio']}"
+            name = PER_TASK["9"][2].get(label)
+        elif number == "3":
+            label = ", ".join([f"RR {row['replay_ratio']}", *(PARTS[part] for part in parts)])
+            name = "_".join(parts).replace("_dagger", "") or "base"
+            name = f"pretrained_{name}_rr{row['replay_ratio']}"
         else:
-            axis.set_ylim(0, None)
-        axis.grid(alpha=0.3)
-    if not drawn:
-        plt.close(figure)
+            label = " + ".join(PARTS[part] for part in parts) or "Base"
+            name = "plastic" if len(parts) == 4 else "_".join(parts) or "base"
+        row |= {"label": label, "exp_name": name}
+    return rows
+
+
+# --- What is printed ---
+
+
+def say(*notes: str) -> None:
+    """On stderr, a line each."""
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+def show(title: str, rows: list[dict[str, Cell]], digits: int, form: str) -> None:
+    """A table: Markdown, CSV (an interval in two more columns) or a line of JSON."""
+    if form == "json":
+        print(json.dumps({"title": title, "rows": rows}, ensure_ascii=False))
         return
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    save(figure, path)
 
+    def text(value: float | int | str | None) -> str:
+        if value is None:
+            return ""
+        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
-def plot_figure1(runs: list[dict], path: Path, args: Args) -> None:
-    """IQM against GPU hours a run: ours as lines over the replay ratio, the paper's table as points."""
-    notes = []
-    (_, benchmark, _, shown), *_ = aggregate_tables("2")
-    ours = {label: row_of(runs, benchmark, name, notes, args) for label, name, _ in shown}
-    ours = {label: row for label, row in ours.items() if "iqm" in row and "hours" in row}
-    if not ours:
+    table: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        cells = [row.get(name) for row in rows]
+        cells = [cell if isinstance(cell, tuple) else (cell, None, None) for cell in cells]
+        value, low, high = (list(map(text, part)) for part in zip(*cells, strict=True))
+        table[name] = value
+        if form == "csv" and any(low):
+            table |= {f"{name} low": low, f"{name} high": high}
+        elif form == "markdown":
+            ends = [f" [{a}, {b}]" if a else "" for a, b in zip(low, high, strict=True)]
+            table[name] = [a.replace("|", "\\|") + b for a, b in zip(value, ends, strict=True)]
+    if form == "csv":
+        print(f"# {title}")
+        pd.DataFrame(table).to_csv(sys.stdout, index=False)
         return
-    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for colour, method in zip(OKABE_ITO, ("PLASTIC†", "PLASTIC"), strict=False):
-        points = {label: row for label, row in ours.items() if label.split(":")[0] == method}
-        if points:
-            x, y = zip(*[(row["hours"], row["iqm"][0]) for row in points.values()], strict=True)
-            axis.plot(x, y, "o-", color=colour, label=f"{method}, ours")
-            for label, row in points.items():
-                axis.annotate(
-                    label.split(":")[1],
-                    (row["hours"], row["iqm"][0]),
-                    (4, 4),
-                    textcoords="offset points",
-                )
-        rows = [row for row in paper("table2_scaling.csv") if row["method"] == method]
-        x, y = zip(*[(float(row["gpu_hours"]), float(row["iqm"])) for row in rows], strict=True)
-        axis.plot(x, y, "o--", mfc="white", color=colour, label=f"{method}, paper")
-    for row in paper("table2_scaling.csv"):
-        if not row["method"].startswith("PLASTIC") and row["iqm"] and row["gpu_hours"]:
-            x, y = float(row["gpu_hours"]), float(row["iqm"])
-            axis.plot(x, y, "s", color="gray")
-            label = row["method"] + (f":{row['replay_ratio']}" if row["method"] == "SR-SPR" else "")
-            axis.annotate(label, (x, y), (5, -3), textcoords="offset points", color="dimgray")
-    axis.set(xscale="log", xlabel="GPU hours a run", ylabel="IQM, human-normalized")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.margins(x=0.12)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save(figure, path)
+    if title:
+        print(f"{title}\n")
+    print("| " + " | ".join(table) + " |\n|" + "---|" * len(table))
+    for line in zip(*table.values(), strict=True):
+        print("| " + " | ".join(line) + " |")
+    print()
 
 
-def plot_figure2(
-    runs: list[dict], synthetic: dict[tuple[str, str], dict], path: Path, args: Args
-) -> None:
-    """A point per method: accuracy on the input against the label task (left), IQM on Atari against Control (right)."""
-    panels, notes = [], []
-    late = {
-        key: np.mean(list(late_accuracy(result, args.last).values()))
-        for key, result in synthetic.items()
-    }
-    points = {
-        m: (late["input", m], late["label", m])
-        for m in SINGLE
-        if all((t, m) in late for t in ("input", "label"))
-    }
-    if len(points) > 1:
-        panels.append(("synthetic", "accuracy, input task", "accuracy, label task", points))
-    rows = {m: [row_of(runs, b, m, notes, args) for b in ("atari", "dmc")] for m in SINGLE}
-    points = {
-        m: tuple(row["iqm"][0] for row in pair)
-        for m, pair in rows.items()
-        if all("iqm" in row for row in pair)
-    }
-    if len(points) > 1:
-        panels.append(
-            ("reinforcement learning", "IQM, Atari-100k", "IQM, DeepMind Control", points)
-        )
-    if not panels:
-        return
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 4), squeeze=False, layout="constrained"
-    )
-    for axis, (title, xlabel, ylabel, points) in zip(axes[0], panels, strict=True):
-        for colour, (method, label) in zip(OKABE_ITO, SINGLE.items(), strict=False):
-            if method in points:
-                axis.plot(*points[method], "o", ms=9, color=colour)
-                axis.annotate(label, points[method], (7, 4), textcoords="offset points")
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        axis.margins(0.2)
-        axis.grid(alpha=0.3)
-    save(figure, path)
-
-
-def plot_intervals(runs: list[dict], path: Path, args: Args) -> None:
-    """The table's aggregates as points with intervals, a panel per aggregate, a row per method."""
-    tables = aggregate_tables(args.table) if args.table in ("1", "2", "3", "4") else []
-    if args.scores is not None and not tables:
-        methods = dict.fromkeys(run["exp_name"] for run in runs)
-        tables = [
-            (
-                "",
-                args.benchmark,
-                ["iqm", "median", "mean", "og"],
-                [(name, name, {}) for name in methods],
-            )
-        ]
-    notes = []
+def show_aggregates(tables: list, of: Callable[[str, str], dict], args: Args) -> bool:
+    """Tables of aggregates, beside the paper's where it has them; whether one was refused."""
+    refused = False
     for title, benchmark, names, shown in tables:
-        rows = {label: row_of(runs, benchmark, name, notes, args) for label, name, _ in shown}
-        rows = {label: row for label, row in rows.items() if "iqm" in row}
-        if not rows:
-            continue
-        figure, axes = plt.subplots(
-            1, len(names), figsize=(1.5 + 2.8 * len(names), 1.2 + 0.35 * len(rows)), sharey=True, squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
-        for axis, name in zip(axes[0], names, strict=True):
-            axis.use_sticky_edges = False  # which would cut the bars' margin
-            for y, row in enumerate(rows.values()):
-                value, low, high = row[name]
-                colour = OKABE_ITO[y % len(OKABE_ITO)]
-                if low is not None:
-                    axis.barh(y, high - low, 0.6, left=low, color=colour, alpha=0.6)
-                axis.plot([value, value], [y - 0.3, y + 0.3], color="black")
-            axis.set_yticks(range(len(rows)), rows.keys())
-            axis.set_title(AGGREGATES[name])
-            axis.grid(axis="x", alpha=0.3)
-        axes[0, 0].invert_yaxis()
-        figure.suptitle(title)
-        save(figure, path if len(tables) == 1 else path.with_stem(f"{path.stem}_{benchmark}"))
+        rows, notes = [], []
+        for printed in shown:
+            ours = of(benchmark, printed["exp_name"])
+            row: dict[str, Cell] = {"method": printed["label"], "runs": ours["runs"]}
+            for name in names:
+                row[AGGREGATES[name]] = ours.get(name)
+                if args.table is not None:
+                    row[f"{AGGREGATES[name]}, paper"] = paper_cell(printed, name)
+            if args.table == "2":
+                row |= {"GPU hours": ours.get("hours"), "GPU hours, paper": printed["gpu_hours"]}
+                row["million parameters"] = ours.get("parameters")
+                row["parameters, paper"] = printed["params_m"]
+            rows.append(row)
+            notes += ours["notes"]
+            refused |= ours["refused"]
+        if not any(row["runs"] for row in rows):
+            notes.append(f"{title}: no runs of {', '.join(row['exp_name'] for row in shown)}")
+        show(title, rows, 1 if benchmark == "dmc" else 3, args.format)
+        say(*notes)
+    return refused
 
 
-def save(figure: plt.Figure, path: Path) -> None:
-    """As PNG, in one step."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    except OSError as error:
-        fail(f"--plot {path}: {error.strerror}", 1)
-    plt.close(figure)
+def show_by_task(runs: pd.DataFrame, number: str, form: str) -> None:
+    """Tables 7 to 10: mean returns over seeds, beside the paper's and what else it prints."""
+    file, benchmark, exp_names = PER_TASK[number]
+    chosen = {column: choose(runs, benchmark, name) for column, name in exp_names.items()}
+    for column, own in chosen.items():
+        missing = [task for task in ALL_TASKS[benchmark] if task not in set(own.task)]
+        notes = [f"no runs of {', '.join(missing) if len(own) else 'any task'}"] if missing else []
+        notes += length_note(own, benchmark) if len(own) else []
+        say(*(f"{exp_names[column]}: {note}" for note in notes))
+    rows = []
+    for printed in paper(file):
+        row: dict[str, Cell] = {"task": printed.pop("Game")}
+        for column, value in printed.items():
+            if column in chosen:
+                scores = chosen[column].score[chosen[column].task == row["task"]]
+                row[column] = float(scores.mean()) if len(scores) else None
+                row[f"{column}, runs"] = len(scores)
+            row[f"{column}, paper"] = value if value is None else float(value)
+        rows.append(row)
+    show(f"Table {number}", rows, 1, form)
+
+
+def show_synthetic(runs: pd.DataFrame, late: dict, last: int, form: str) -> None:
+    """A row per method and task."""
+    rows = []
+    for run in runs.sort_values(["exp_name", "task"], key=lambda c: c.map(RANK)).itertuples():
+        row = {"method": SYNTHETIC[run.exp_name], "task": run.task}
+        seeds = late[run.task, run.exp_name].to_numpy()
+        row[f"test accuracy, last {last} stages"] = mean_with_interval(seeds)
+        row |= {"final": run.score, "mean": run.mean_accuracy}
+        row["learning rate, weight decay"] = f"{run.learning_rate:g}, {run.weight_decay:g}"
+        rows.append(row | {"seeds": len(seeds)})
+    show("", rows, 3, form)
+
+
+def late_accuracy(accuracies: pd.DataFrame, last: int) -> pd.Series:
+    """Mean test accuracy over the last stages, by seed; nan of a replica that diverged."""
+    return accuracies.iloc[:, -last:].mean(axis="columns", skipna=False)
+
+
+def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, each with its curves and the returns of policies that learn nothing.
+
+    curves: {TensorBoard tag: [points, 2]}, environment steps and values. first, late: returns of
+    its own episodes before learning starts, and of those that end in the last quarter of its steps.
+    random, constant: returns of the REFERENCES on the same task, whose own runs are left out.
+    """
+    told = [
+        run.exp_name in REFERENCES and REFERENCES[run.exp_name](run.args)
+        for run in runs.itertuples()
+    ]
+    references, runs = runs[told], runs[np.invert(told)]
+    if runs.empty:
+        sys.exit("error: no runs there but of policies that learn nothing")
+    rows = runs.to_dict("records")
+    for run in rows:
+        events = EventAccumulator(str(run["path"]), size_guidance={"scalars": 0})
+        events.Reload()
+        repeat = run["args"].get("action_repeat", 1)
+        run["curves"] = {
+            tag: np.array(sorted((e.step * repeat, e.value) for e in events.Scalars(tag)))
+            for tag in events.Tags()["scalars"]
+        }
+        steps, returns = run["curves"].get("charts/episodic_return", np.empty((0, 2))).T
+        run["first"] = returns[steps <= run["first_steps"]].tolist()
+        run["late"] = returns[steps > 0.75 * run["steps"]].tolist()
+        same = references[
+            references[["benchmark", "task"]].eq([run["benchmark"], run["task"]]).all(axis=1)
+        ]
+        run |= {name: same.returns[same.exp_name == name].sum() or [] for name in REFERENCES}
+    return pd.DataFrame(rows)
+
+
+def show_returns(runs: pd.DataFrame, form: str) -> None:
+    """Two tables, a row per task, name and length: returns, and Figure 4's metrics where measured.
+
+    The metrics are medians over the second half of each run's measurements.
+    """
+    printed = {
+        (benchmark, name, row["Game"]): row[column]
+        for file, benchmark, exp_names in PER_TASK.values()
+        for row in paper(file)
+        for column, name in exp_names.items()
+    }
+    rows, measured = [], []
+    by = ["benchmark", "task", "exp_name", "steps"]
+    for (benchmark, task, name, steps), own in runs.groupby(by, sort=False):
+        if problem := difference(own):
+            say(f"{name} on {task}: runs of different settings, {problem}")
+        random, constant, late = plot.random_returns(own), own.constant.iloc[0], own.late.sum()
+        which = {"task": task, "run": name, "steps": f"{steps:,}"}
+        row: dict[str, Cell] = dict(which)
+        row["random policy"] = f"{np.mean(random):.1f} ({len(random)} episodes)" if random else ""
+        row["best constant action"] = float(np.mean(constant)) if constant else ""
+        row["last training episodes"] = f"{np.mean(late):.1f} ({len(late)})" if late else ""
+        row |= {"mean return": mean_with_interval(own.score.to_numpy()), "seeds": len(own)}
+        row["paper, full length"] = printed.get((benchmark, name, task))
+        rows.append(row | {"hours a run": f"{own.hours.mean():.1f}"})
+
+        own = [curves for curves in own.curves if METRICS.keys() & curves.keys()]
+        row = which | {"seeds": len(own)}
+        for tag, title in METRICS.items():
+            found = [curves[tag] for curves in own if tag in curves]
+            late = [value for curve in found for value in curve[len(curve) // 2 :, 1]]
+            row[title] = f"{np.median(late):.3g}" if late else ""
+        if own:
+            measured.append(row)
+    show("Returns", rows, 1, form)
+    if measured:
+        show("Plasticity, the median of each run's second half", measured, 3, form)
+
+
+# --- Report ---
+
+
+def report(args: Args) -> int:
+    """Print the tables, draw the figures; 1 if an aggregate was refused."""
+    runs = read_scores(args.scores, args.benchmark) if args.scores else read_runs(args.runs)
+    synthetic = synthetic_runs(runs) if args.table is None else runs[:0]
+    runs = runs[runs.benchmark != "synthetic"]
+    if runs.empty and synthetic.empty:
+        sys.exit(f"error: {args.scores or ' '.join(map(str, args.runs))}: no results there")
+
+    @cache
+    def of(benchmark: str, exp_name: str) -> dict:
+        return aggregate(runs, benchmark, exp_name, args)
+
+    tables, refused = [], False
+    if args.table in AGGREGATE_TABLES:
+        rows = [row for row in paper_rows(args.table) if row["exp_name"]]
+        tables = [
+            (*table, [row for row in rows if row.get("benchmark", table[1]) == table[1]])
+            for table in AGGREGATE_TABLES[args.table][1]
+        ]
+    elif args.scores is not None:
+        title = "human-normalized scores" if args.benchmark == "atari" else "returns"
+        shown = [{"label": name, "exp_name": name} for name in runs.exp_name.unique()]
+        tables = [(title, args.benchmark, list(AGGREGATES), shown)]
+    if args.table in PER_TASK:
+        show_by_task(runs, args.table, args.format)
+    else:
+        refused = show_aggregates(tables, of, args)
+    if args.runs and len(runs) and (args.table is None or args.plot is not None):
+        runs = with_curves(runs)
+    last = min([args.last, *(table.shape[1] for table in synthetic.accuracies)])
+    late = {
+        (run.task, run.exp_name): late_accuracy(run.accuracies, last)
+        for run in synthetic.itertuples()
+    }
+    if late:
+        show_synthetic(synthetic, late, last, args.format)
+    if args.runs and args.table is None and len(runs):
+        show_returns(runs, args.format)
+    if args.plot is not None:
+        flags = synthetic.args.iloc[0] if late else dict.fromkeys(PROTOCOL)
+        title = f"{flags['num_stages']} stages of {flags['updates_per_stage']} updates"
+        title += f", the last {last} averaged"
+        table2 = pd.DataFrame(paper_rows("2"))
+        plot.draw(args.plot, runs, late, title, of, table2, tables)
+    return int(refused)
 
 
 def redraw(readme: Path) -> int:
-    """Make the reports in a Markdown file anew, where it names their flags; 1 if an aggregate was refused."""
+    """Make the reports in a Markdown file anew, where it names their flags; 1 if one is refused."""
     start, end = "<!-- report.py ", "<!-- end of report -->"
     block = re.compile(f"{start}([^\\n]+?) -->.*?{end}", re.DOTALL)
-    codes, what = [], f"--readme {readme}"
+    codes = []
 
-    def report(match: re.Match) -> str:
-        flags, output = match[1], io.StringIO()
-        try:
-            args = shlex.split(flags)
-        except ValueError as error:
-            fail(f"{what}: {flags}: {error}", 1)
-        if {"--help", "-h", "--readme"} & set(args):
-            fail(f"{what}: {flags}: makes no report", 1)
+    def made_anew(match: re.Match) -> str:
+        output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            codes.append(main(tyro.cli(Args, args=args)))
-        tables = output.getvalue().strip().replace("\n", newline)
-        return f"{start}{flags} -->{newline * 2}{tables}{newline * 2}{end}"
+            codes.append(report(tyro.cli(Args, args=shlex.split(match[1]))))
+        return f"{start}{match[1]} -->\n\n{output.getvalue().strip()}\n\n{end}"
 
     try:
-        path = readme.resolve()  # of a link, the file
-        before = path.read_bytes()
-        text = before.decode()
-        newline = "\r\n" if "\r\n" in text else "\n"
-        if not text.count(start) == text.count(end) == len(block.findall(text)) > 0:
-            fail(f"{what}: needs {start}FLAGS --> and {end}, one after the other", 1)
-        text = block.sub(report, text)
-        if path.read_bytes() != before:
-            fail(f"{what}: changed in the meantime; run it again", 1)
-        write_atomically(path, lambda file: file.write(text.encode()))
-    except (OSError, UnicodeError) as error:
-        fail(f"{what}: {error}", 1)
+        text = readme.read_bytes().decode()
+        found = block.findall(text)
+        if not text.count(start) == text.count(end) == len(found) > 0:
+            raise ValueError(f"needs {start}FLAGS --> and {end}, one after the other")
+        if {"--help", "-h", "--readme"} & {flag for flags in found for flag in shlex.split(flags)}:
+            raise ValueError("--help and --readme make no report")
+    except ValueError as error:
+        sys.exit(f"error: --readme {readme}: {error}")
+    text = block.sub(made_anew, text)
+    write_atomically(readme.resolve(), lambda file: file.write(text.encode()))
     return max(codes)
 
 
 def main(args: Args) -> int:
-    """Print the tables, draw the figures; 1 if an aggregate was refused."""
-    for name in ("last", "reps", "runs_per_gpu"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}", 2)
-    if args.readme is not None:
-        if args != Args(readme=args.readme):
-            fail("--readme: the flags of the reports are in the file; none beside it", 2)
-        return redraw(args.readme)
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed must be from 0 to {2**32 - 1:,}, not {args.seed}", 2)
-    args.runs = tuple(dict.fromkeys(args.runs))
-    if bool(args.runs) == (args.scores is not None):
-        fail("directories with runs, or --scores FILE: one of them", 2)
-    for directory in args.runs:
-        if not directory.is_dir():
-            fail(f"{directory}: no such directory", 1)
-    runs = (
-        read_scores(args.scores, args.benchmark)
-        if args.scores is not None
-        else read_runs(args.runs)
-    )
-    synthetic = read_results(args.runs) if args.runs and args.table is None else {}
-    if not runs and not synthetic:
-        fail(f"{args.scores or ' '.join(map(str, args.runs))}: no results there", 1)
-    refused = False
-    if args.table in PER_TASK:
-        print_table_by_task(runs, args)
-    elif args.table is not None:
-        refused = print_table_of_aggregates(runs, args)
-    elif args.scores is not None:
-        refused = print_scores(runs, args)
-    if args.runs and (args.table is None or args.plot is not None):
-        runs = add_curves(runs)
-    if args.table is None and synthetic:
-        args.last = min(
-            args.last, *(result["test_accuracy"].shape[1] for result in synthetic.values())
-        )
-        print_table(synthetic, args.last)
-    if args.table is None and args.scores is None and runs:
-        print_returns(runs, args)
-        print_metrics(runs, args)
-    if args.plot is not None:
-        if any(method == "base" for _, method in synthetic):
-            plot_figure3(synthetic, args.last, args.plot / "figure3.png")
-        if args.runs:
-            plot_curves(runs, args.plot / "curves.png")
-            plot_figure4(runs, args.plot / "figure4.png")
-        plot_figure1(runs, args.plot / "figure1.png", args)
-        plot_figure2(runs, synthetic, args.plot / "figure2.png", args)
-        for name in PANELS:
-            plot_panels(runs, name, args.plot / f"{name}.png", args)
-        plot_intervals(runs, args.plot / "intervals.png", args)
-    return int(refused)
+    """The exit code; a file that cannot be read or written ends it with one line."""
+    try:
+        code = report(args) if args.readme is None else redraw(args.readme)
+        sys.stdout.flush()
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    return code
 
 
 if __name__ == "__main__":
-    try:
-        code = main(tyro.cli(Args))
-        sys.stdout.flush()
-    except OSError as error:  # a closed pipe, a full disk
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        fail(f"cannot write: {error.strerror}", 1)
-    sys.exit(code)
+    sys.exit(main(tyro.cli(Args)))

@@ -49,7 +49,7 @@ def test_the_best_action_is_written_where_reports_find_it(tmp_path, monkeypatch)
         [0.0, 9.0],
     )
     assert result["episode_returns_by_action"] == list(paid.values())
-    (run,) = report.read_runs([tmp_path])
+    (run,) = report.read_runs([tmp_path]).to_dict("records")
     assert report.REFERENCES[run["exp_name"]](run["args"])
 
     with pytest.raises(SystemExit, match="pass --overwrite"):
