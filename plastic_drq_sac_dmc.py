@@ -40,6 +40,7 @@ Where it departs from the paper's text (README.md has the whole table):
 """
 
 import copy
+import ctypes
 import difflib
 import json
 import logging
@@ -1382,7 +1383,16 @@ def evaluate_saved(args: Args) -> None:
     print(summary(saved.env_id, returns))
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free. Given back to the kernel, it returns page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # not so with musl
+        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no tensor below 2 GiB has pages of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
+
+
 if __name__ == "__main__":
+    keep_freed_memory()
     args = tyro.cli(Args)
     on_stop_signals(signal.SIG_DFL)  # until the first step, Ctrl-C ends it without a traceback
     torch.set_num_threads(args.torch_threads)

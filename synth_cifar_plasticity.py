@@ -37,6 +37,7 @@ Where it departs from the paper's text or fills it in (README.md has the whole t
 - Resets come before stages 10, 20, ...; the release's come after stages 0, 10, ...
 """
 
+import ctypes
 import json
 import math
 import os
@@ -989,7 +990,16 @@ def run(args: Args) -> None:
         sys.exit(f"error: another process is at work in {run_dir}")
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free. Given back to the kernel, it returns page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # not so with musl
+        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no tensor below 2 GiB has pages of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
+
+
 if __name__ == "__main__":
+    keep_freed_memory()
     args = tyro.cli(Args)
     on_stop_signals(signal.SIG_DFL)  # until the first step, Ctrl-C ends it without a traceback
     torch.set_num_threads(args.torch_threads)

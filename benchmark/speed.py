@@ -309,9 +309,10 @@ def measure(script: str, args: Args) -> dict[str, dict]:
 
 def main(args: Args) -> None:
     """Print the figures, and write them where --json says."""
-    torch.set_num_threads(min(torch.get_num_threads(), 8))  # as the scripts do
+    plastic_drq_rainbow_atari.keep_freed_memory()  # this and the next, as the scripts do
+    torch.set_num_threads(min(torch.get_num_threads(), 8))
     if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # as the scripts do
+        torch.set_float32_matmul_precision("high")
         hardware = torch.cuda.get_device_name()
     else:
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())

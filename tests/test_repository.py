@@ -1,6 +1,7 @@
 """The repository around the scripts: pins, headers, README."""
 
 import ast
+import platform
 import re
 import subprocess
 import sys
@@ -124,6 +125,28 @@ def test_a_component_stands_alone(name):
     undefined = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
     checked = subprocess.run(undefined, input=lifted, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+FAULTS = """
+import resource, torch, plastic_drq_rainbow_atari as atari
+KEEP
+for _ in range(3):
+    torch.ones(8_000_000)  # 32 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(8_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
+def test_freed_memory_is_kept():
+    """Else each tensor comes from the kernel, 4 kB (or a huge page of 2 MB) a page fault."""
+    faults = []
+    for keep in ("", "atari.keep_freed_memory()"):
+        command = [sys.executable, "-c", FAULTS.replace("KEEP", keep)]
+        faults.append(int(subprocess.check_output(command, cwd=ROOT)))
+    assert faults[0] > 100 and faults[1] < 10
 
 
 @pytest.mark.parametrize("command", COMMANDS)
