@@ -131,10 +131,10 @@ FAULTS = """
 import resource, torch, plastic_drq_rainbow_atari as atari
 KEEP
 for _ in range(3):
-    torch.ones(8_000_000)  # 32 MB
+    torch.ones(20_000_000)  # 80 MB: above what glibc would learn to keep
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    torch.ones(8_000_000)
+    torch.ones(20_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
