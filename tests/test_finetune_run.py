@@ -600,6 +600,8 @@ def test_a_disk_that_is_full_during_the_recording_is_one_line(tmp_path):
 
 SCRATCH = "--from-scratch"
 BAD_FLAGS = {  # and a word that the message must have
+    "--mode pretrain --track": "--track is of --mode finetune",
+    "--from-scratch --collect-policy checkpoint": "are of --mode pretrain",
     "": "--from-scratch", "--from-scratch --pretrained-path x": "one of them",
     "--pretrained-path missing.pth": "missing.pth",
     "--mode pretrain --from-scratch": "--mode finetune",
