@@ -937,7 +937,8 @@ def make_generators(args: Args) -> dict[str, Generator]:
         seed = int(torch.randint(2**31, ()))
         generators[name] = Generator(args.device).manual_seed(seed)
     if args.device == "cuda":  # initial weights after resets
-        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+        device = torch.cuda.current_device()  # the first call that needs CUDA: no generators before
+        generators["cuda"] = torch.cuda.default_generators[device]
     return generators
 
 

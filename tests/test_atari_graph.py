@@ -4,6 +4,9 @@ Of plastic_drq_rainbow_atari.py, and of the same update on a pretrained encoder.
 """
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import plastic_drq_rainbow_atari as atari
 import plastic_pretrained_finetune as finetune
 
+REPOSITORY = Path(__file__).parent.parent
 METHODS = {
     "base": dict(layer_norm=False, crelu=False, sam_rho=0.0),
     "dagger": dict(crelu=False, sam_rho=0.0),
@@ -162,3 +166,14 @@ def test_an_eager_update_on_cuda_does_not_wait_either():
         update()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("script, flags", [(atari, ""), (finetune, ", from_scratch=True")])
+def test_a_fresh_process_finds_the_generator_of_the_device(script, flags):
+    """PyTorch has no CUDA generators until something needs CUDA: in a run, make_generators()."""
+    code = f"import {script.__name__} as script\n"
+    code += f"print(*script.make_generators(script.Args(device='cuda'{flags})))"
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert finished.stdout.split() == ["torch", "sampling", "metrics", "cuda"], finished.stderr
