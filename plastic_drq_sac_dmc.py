@@ -71,6 +71,10 @@ from tqdm import tqdm
 
 # MuJoCo has to know what it renders with before dm_control is imported.
 os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")
+# On a machine with several GPUs it takes the first one, unless it is told which.
+gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+if gpu.isdigit() and Path(f"/dev/nvidia{gpu}").exists():
+    os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", gpu)
 
 
 def no_renderer(error: Exception) -> NoReturn:
@@ -196,7 +200,8 @@ class Args:
             raise ValueError(f"--learning-starts must be below the {self.agent_steps} agent steps")
         if self.evaluate is not None and not Path(self.evaluate).is_file():
             raise ValueError(f"--evaluate {self.evaluate}: not a file")
-        if self.track and find_spec("wandb") is None:
+        wandb = find_spec("wandb")  # a mere folder of this name has no origin
+        if self.track and (wandb is None or wandb.origin is None):
             raise ValueError("--track needs Weights & Biases: pip install wandb")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no CUDA device")
@@ -643,8 +648,7 @@ def td_loss(q_values: Tensor, td_target: Tensor) -> Tensor:
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2); others call 1 - tau tau."""
-    for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
-        w_target.lerp_(w, 1 - tau)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
 def set_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> None:

@@ -182,8 +182,10 @@ class Args:
                 if value != "auto" and not lowest <= value <= highest:  # nan is in no range
                     raise ValueError(f"{flag} must be from {lowest:,} to {highest:,}, not {value}")
         if self.env_id not in GAMES:
-            closest = difflib.get_close_matches(self.env_id, GAMES, n=1, cutoff=0)[0]
-            raise ValueError(f"--env-id {self.env_id}: no such game, the closest is {closest}")
+            games = {game.lower(): game for game in GAMES}
+            (closest,) = difflib.get_close_matches(self.env_id.lower(), games, n=1, cutoff=0)
+            message = f"no such game, the closest is {games[closest]}"
+            raise ValueError(f"--env-id {self.env_id}: {message}")
         name = self.exp_name  # part of a directory's name, and printed
         if "/" in name or name in ("", ".", "..") or not name.isprintable():
             raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
@@ -199,7 +201,8 @@ class Args:
             self.check_mode()
         elif not Path(self.evaluate).is_file():
             raise ValueError(f"--evaluate {self.evaluate}: not a file")
-        if self.track and find_spec("wandb") is None:
+        wandb = find_spec("wandb")  # a mere folder of this name has no origin
+        if self.track and (wandb is None or wandb.origin is None):
             raise ValueError("--track needs Weights & Biases: pip install wandb")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no CUDA device")
@@ -311,18 +314,19 @@ class NoisyLinear(nn.Module):
 
     def sample_noise(self, generator: Generator) -> None:
         """Draw new noise, in place: sign(e) * sqrt(|e|) with e ~ N(0, 1)."""
-        for noise in (self.noise_in, self.noise_out):
-            noise.normal_(generator=generator)
-            noise.copy_(noise.sign() * noise.abs().sqrt())
+        sizes = [len(self.noise_in), len(self.noise_out)]
+        e = torch.randn(sum(sizes), generator=generator, device=self.noise_in.device)
+        noise_in, noise_out = (e.sign() * e.abs().sqrt()).split(sizes)
+        self.noise_in.copy_(noise_in)
+        self.noise_out.copy_(noise_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_features] -> [B, out_features]."""
         if not self.training:
             return F.linear(x, self.weight_mu, self.bias_mu)
-        # mu + sigma * outer(noise_out, noise_in), where addcmul(a, b, c) is a + b * c. A second
-        # matrix product for the noise would take longer on the CPU.
-        noisy_sigma = self.weight_sigma * self.noise_in
-        weight = torch.addcmul(self.weight_mu, noisy_sigma, self.noise_out[:, None])
+        # addcmul(a, b, c) is a + b * c. A second matrix product takes longer on a CPU.
+        noise = torch.outer(self.noise_out, self.noise_in)
+        weight = torch.addcmul(self.weight_mu, self.weight_sigma, noise)
         bias = torch.addcmul(self.bias_mu, self.bias_sigma, self.noise_out)
         return F.linear(x, weight, bias)
 
@@ -766,8 +770,7 @@ def cross_entropy(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tenso
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2); others call 1 - tau tau."""
-    for w_target, w in zip(target.parameters(), online.parameters(), strict=True):
-        w_target.lerp_(w, 1 - tau)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
 class Agent:

@@ -161,7 +161,8 @@ class Args:
             raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
-        if self.track and find_spec("wandb") is None:
+        wandb = find_spec("wandb")  # a mere folder of this name has no origin
+        if self.track and (wandb is None or wandb.origin is None):
             raise ValueError("--track needs Weights & Biases: pip install wandb")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no CUDA device")

@@ -1,6 +1,8 @@
 """DMC's captured update: what a CUDA graph needs of the code, on the CPU; its numbers with CUDA."""
 
 import contextlib
+import os
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,3 +177,16 @@ def test_an_eager_update_on_cuda_does_not_wait_either():
         update()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "visible, asked, rendering",
+    [("3,1", None, "3"), ("3,1", "0", "0"), ("", None, None), ("GPU-8932", None, None)],
+)
+def test_frames_are_rendered_on_the_gpu_that_computes(monkeypatch, visible, asked, rendering):
+    asked = {"MUJOCO_EGL_DEVICE_ID": asked} if asked else {}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible} | asked
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(dmc.Path, "exists", lambda path: True)  # every /dev/nvidia*
+    runpy.run_path(dmc.__file__)
+    assert environment.get("MUJOCO_EGL_DEVICE_ID") == rendering
