@@ -35,15 +35,22 @@ AGGREGATES = {  # by their key in the paper's tables
     "iqm": "IQM", "median": "median over tasks", "mean": "mean", "og": "optimality gap",
     "seed_median": "median over seeds",
 }
-METHODS = {  # panels of Figure 3, and their bars by exp-name
+METHODS = {  # panels of Figure 3, the last one not in the paper, and their bars by exp-name
     "single methods": {"ln": "LN", "sam": "SAM", "crelu": "CReLU", "reset": "Reset"},
     "combinations": {
         "ln_sam": "LN +\nSAM", "ln_crelu": "LN +\nCReLU", "ln_reset": "LN +\nReset",
         "sam_crelu": "SAM +\nCReLU", "sam_reset": "SAM +\nReset",
         "crelu_reset": "CReLU +\nReset", "plastic": "PLASTIC",
     },
+    "later methods": {  # of fig3_beyond.sh
+        "redo": "ReDo", "l2init": "L2 Init", "clip": "weight\nclipping",
+        "tortoise": "Hare &\nTortoise", "reset_shrink": "Reset, S&P",
+        "ln_sam_redo": "LN + SAM\n+ ReDo", "ln_sam_l2init": "LN + SAM\n+ L2 Init",
+        "ln_sam_clip": "LN + SAM\n+ clipping", "ln_sam_tortoise": "LN + SAM\n+ H. & T.",
+        "ln_sam_reset_shrink": "LN + SAM\n+ Reset, S&P",
+    },
 }
-METRICS = {  # of Figure 4, by TensorBoard tag
+METRICS = {  # of Figure 4, by TensorBoard tag; the eigenvalue is the largest by sign, not by size
     "plasticity/hessian_max_eigenvalue": "largest eigenvalue of the Hessian",
     "plasticity/active_units/head": "active units, head",
     "plasticity/active_units/backbone": "active units, backbone",
@@ -222,15 +229,14 @@ def gain(ours: pd.Series, base: pd.Series) -> np.ndarray:
 
 def figure3(late: dict[tuple[str, str], pd.Series], title: str, path: Path) -> None:
     """Bars: gain over base with its interval, a dot for each seed."""
-    if all(name != "base" for _, name in late):
-        return
     gains = {
         (task, name): gain(seeds, late[task, "base"])
         for (task, name), seeds in late.items()
-        if name != "base" and (task, "base") in late
+        if (task, "base") in late
     }
-    gains = {key: points for key, points in gains.items() if len(points)}
-    there = {name for _, name in gains}
+    if not gains:
+        return
+    there = {name for (_, name), points in gains.items() if len(points)}
     shown = {panel: [name for name in names if name in there] for panel, names in METHODS.items()}
     shown = {panel: names for panel, names in shown.items() if names}
     if not shown:

@@ -5,10 +5,10 @@
     python benchmark/report.py runs --plot figures
 
 Tables 1, 2, 3, 4 are aggregates over tasks (IQM, median, mean, optimality gap, by rliable), with
-95% stratified bootstrap intervals over seeds (none below two); 7, 8, 9, 10 are mean returns by
-task. Atari is in human-normalized scores, DeepMind Control in returns (its optimality gap below
-1,000). Where tasks have different numbers of seeds, the first ones of each count, as many as all
-have. An aggregate over fewer tasks than the benchmark has is refused (exit code 1) unless
+95% bootstrap intervals (all_aggregates has which, none below two seeds); 7, 8, 9, 10 are mean
+returns by task. Atari is in human-normalized scores, DeepMind Control in returns (its optimality
+gap below 1,000). Where tasks have different numbers of seeds, the first ones of each count, as many
+as all have. An aggregate over fewer tasks than the benchmark has is refused (exit code 1) unless
 --allow-missing.
 
 Without --table: what there is. Accuracies of the synthetic experiment, a row per method (of the
@@ -30,7 +30,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -67,6 +67,10 @@ AGGREGATE_TABLES: dict[str, tuple[str, list[tuple[str, str, list[str]]]]] = {
     "3": ("table3_pretrained.csv", [("Table 3", "pretrained", ["iqm"])]),
     "4": ("table4_ablation.csv", [("Table 4", "atari", ["iqm"])]),
 }
+PAPERS_DMC = (
+    "the paper's intervals resample tasks within each seed; "
+    "its Base and Reset are runs of Nikishin et al. (2022), with --buffer-size 100000"
+)
 # Interventions: columns of Tables 3 and 4, and how the paper calls them.
 PARTS = {"ln": "LN", "sam": "SAM", "crelu": "CReLU", "reset": "Reset", "reset_dagger": "Reset†"}
 SINGLE_COLUMNS = {"LayerNorm" if label == "LN" else label: n for n, label in SINGLE.items()}
@@ -93,12 +97,10 @@ APART = set(
     "overwrite evaluate eval_interval metrics_interval log_interval capture_video save_model "
     "track wandb_project_name wandb_entity pretrained_path".split()
 )
-RESOLVED_BY_TASK = {"action_repeat", "sam_rho", "buffer_size"}  # of DeepMind Control
-# Policies that learn nothing: name of their runs, and how their flags tell.
-REFERENCES: dict[str, Callable[[dict], bool]] = {
-    "random": lambda args: args.get("eval_epsilon") == 1,
-    "constant": lambda args: "action" in args,  # of benchmark/constant_actions.py
-}
+RESOLVED_BY_TASK = {"action_repeat", "sam_rho"}  # of DeepMind Control
+WRONG_CONTENT = (  # what reading a file of others raises
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+)
 COLUMNS = (
     "path benchmark task exp_name seed steps score hours parameters returns first_steps args "
     "accuracies learning_rate weight_decay mean_accuracy".split()
@@ -117,11 +119,9 @@ class Args:
     table: Literal["1", "2", "3", "4", "7", "8", "9", "10"] | None = None  # of the paper
     scores: Path | None = None  # a CSV file of method, task, seed, score instead of runs
     benchmark: Literal["atari", "dmc"] = "atari"  # what the scores are of
-    format: Literal["markdown", "csv", "json"] = "markdown"  # of the tables (json: a line for each)
     plot: Path | None = None  # draw figures in this directory
     last: int = 5  # stages at the end over which the synthetic experiment's accuracy is averaged
     reps: int = 2_000  # bootstrap samples
-    seed: int = 0  # of the bootstrap
     runs_per_gpu: int = 1  # runs that shared a GPU: their hours are divided by it (appendix A.1)
     allow_missing: bool = False  # aggregate over the tasks that are there
     readme: Path | None = None  # instead of all this: a Markdown file, whose reports are made anew
@@ -130,8 +130,6 @@ class Args:
         for name in ("last", "reps", "runs_per_gpu"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be from 0 to {2**32 - 1:,}")
         others = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         if self.readme is not None:
             if others != ["readme"]:
@@ -151,15 +149,14 @@ def result_files(directories: Iterable[Path]) -> Iterator[Path]:
 
     seen = set()
     for directory in directories:
-        found = []
         for folder, below, files in os.walk(directory, onerror=refuse, followlinks=True):
             if (real := os.path.realpath(folder)) in seen:
                 below.clear()
-            elif "result.json" in files:
-                found.append(Path(folder) / "result.json")
-            below.sort()
+                continue
             seen.add(real)
-        yield from sorted(found)
+            below.sort()
+            if "result.json" in files:
+                yield Path(folder) / "result.json"
 
 
 def training_run(result: dict) -> dict:
@@ -202,16 +199,13 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
         try:
             result = json.loads(path.read_bytes())
             benchmark = SCRIPTS[result["script"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            say(f"left out: {path}, not a result of these scripts")
-            continue
-        try:
             if result["args"].get("mode") == "pretrain":
                 continue
             row = {"path": path.parent, "benchmark": benchmark, "exp_name": str(result["exp_name"])}
             row |= synthetic_run(result) if benchmark == "synthetic" else training_run(result)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            sys.exit(f"error: {path}: not a whole result of {result['script']} ({error!r})")
+        except WRONG_CONTENT as error:
+            say(f"left out: {path}, not a whole result of these scripts ({error!r})")
+            continue
         rows.append(row)
     runs = pd.DataFrame(rows, columns=COLUMNS)
     for _, paths in runs.groupby(["benchmark", "task", "exp_name", "seed", "steps"]).path:
@@ -238,24 +232,14 @@ def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
     except ValueError as error:  # pandas' own among them
         needs = f"columns method, task, seed, score, each once, tasks of {benchmark}, finite scores"
         sys.exit(f"error: --scores {path}: needs {needs}, no line twice ({str(error).strip()})")
+    for method, scores in runs.groupby("method").score:
+        if scores.abs().max() < 10:
+            say(f"{method}: no score of 10 or more; are they normalized? Raw returns are expected")
     runs = runs.rename(columns={"method": "exp_name"}).assign(benchmark=benchmark, path=path)
     return runs.reindex(columns=COLUMNS).assign(args=[{} for _ in runs.index])
 
 
-def check_name(run: pd.Series) -> None:
-    """End with one line if a run that is named after interventions has others on."""
-    parts, args = run.exp_name.split("_"), run.args
-    if parts[0] not in SINGLE or run.benchmark == "pretrained" or "layer_norm" not in args:
-        return
-    if parts[0] == "plastic":
-        parts = ["ln", "sam", "crelu", "reset"]
-    on = {"ln": args["layer_norm"], "crelu": args.get("crelu")}
-    on |= {"sam": args.get("sam_rho", 0) > 0, "reset": args.get("reset_interval", 0) > 0}
-    if any((name in parts) != bool(is_on) for name, is_on in on.items()):
-        sys.exit(f"error: {run.path}: its flags are not those of {run.exp_name}")
-
-
-def difference(runs: pd.DataFrame, apart: set[str] = APART) -> str:
+def settings_differ(runs: pd.DataFrame, apart: set[str] = APART) -> str:
     """The first setting that is not the same in all these runs; "" where all are.
 
     Settings are the length and all flags but those `apart`.
@@ -263,36 +247,46 @@ def difference(runs: pd.DataFrame, apart: set[str] = APART) -> str:
     if (runs.benchmark == "dmc").any():
         apart = apart | RESOLVED_BY_TASK
     settings = [{"steps": run.steps} | run.args for run in runs.itertuples()]
-    for name in dict.fromkeys(name for flags in settings for name in flags if name not in apart):
-        values = [json.dumps(flags.get(name)) for flags in settings]
-        for value, path in zip(values, runs.path, strict=True):
-            if value != values[0]:
-                return f"{name}: {values[0]} in {runs.path.iloc[0]}, {value} in {path}"
+    table = pd.DataFrame(settings, index=runs.path, dtype=object)
+    table = table.drop(columns=apart, errors="ignore").map(json.dumps)
+    for name, values in table.items():
+        others = values[values != values.iloc[0]]
+        if len(others):
+            one, other = (f"{column.iloc[0]} in {column.index[0]}" for column in (values, others))
+            return f"{name}: {one}, {other}"
     return ""
 
 
+def check(runs: pd.DataFrame, apart: set[str] = APART) -> None:
+    """End with one line if their settings differ, or are not the interventions in their names."""
+    if problem := settings_differ(runs, apart):
+        sys.exit(f"error: runs cannot be put together, they differ in {problem}")
+    for run in runs.itertuples():
+        parts, args = run.exp_name.replace("plastic", "ln_sam_crelu_reset").split("_"), run.args
+        if run.exp_name.split("_")[0] not in SINGLE or "layer_norm" not in args:
+            continue
+        on = {"ln": args["layer_norm"], "crelu": args.get("crelu")}
+        on |= {"sam": args.get("sam_rho", 0) > 0, "reset": args.get("reset_interval", 0) > 0}
+        if any((name in parts) != bool(is_on) for name, is_on in on.items()):
+            sys.exit(f"error: {run.path}: its flags are not those of {run.exp_name}")
+
+
 def choose(runs: pd.DataFrame, benchmark: str, exp_name: str) -> pd.DataFrame:
-    """The runs of one setting; ends with one line if they are of more, or not what they say."""
+    """The runs of one setting."""
     chosen = runs[(runs.benchmark == benchmark) & (runs.exp_name == exp_name)]
-    for run in chosen.itertuples():
-        check_name(run)
-    if problem := difference(chosen):
-        sys.exit(f"error: runs of {exp_name} cannot be put together, they differ in {problem}")
+    check(chosen)
     return chosen
 
 
 def synthetic_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Those of the synthetic experiment; ends with one line if they do not compare."""
+    """Those of the synthetic experiment, which have to compare with each other."""
     runs = runs[runs.benchmark == "synthetic"]
     known = runs.exp_name.isin(SYNTHETIC) & runs.task.isin(["input", "label"])
     for path in runs.path[~known]:
         say(f"left out: {path}, whose exp-name is none of {', '.join(SYNTHETIC)}")
     runs = runs[known]
-    for run in runs.itertuples():
-        check_name(run)
     names = {name for args in runs.args for name in args}
-    if problem := difference(runs, names - {*PROTOCOL, "images"}):
-        sys.exit(f"error: synthetic runs cannot be compared, they differ in {problem}")
+    check(runs, names - {*PROTOCOL, "images"})
     return runs
 
 
@@ -302,35 +296,45 @@ def synthetic_runs(runs: pd.DataFrame) -> pd.DataFrame:
 def score_matrix(runs: pd.DataFrame, tasks: list[str]) -> tuple[np.ndarray, list[str]]:
     """Scores [seeds, tasks] of the first seeds, as many as all tasks have; what to say of it."""
     counts, notes = runs.task.value_counts(), []
-    first = runs.sort_values("seed").groupby("task").head(counts.min())
-    if counts.max() > counts.min():
-        notes.append(
-            f"cut to the first {counts.min()} seeds of each task (of up to {counts.max()})"
-        )
+    fewest, most = counts.min(), counts.max()
+    first = runs.sort_values("seed").groupby("task").head(fewest)
+    if fewest < most:
+        notes.append(f"cut to the first {fewest} seeds of each task (of up to {most})")
     if (first.seed.value_counts() < len(tasks)).any():
         notes.append("tasks have different seeds")
     return np.array([first.score[first.task == task] for task in tasks]).T, notes
 
 
-def all_aggregates(scores: np.ndarray, gamma: float, args: Args) -> dict[str, Cell]:
-    """All of AGGREGATES for scores [seeds, tasks], with intervals where there are two seeds.
+def all_aggregates(scores: np.ndarray, benchmark: str, reps: int) -> dict[str, Cell]:
+    """All of AGGREGATES for scores [seeds, tasks], with 95% intervals where there are two seeds.
 
-    rliable's median is that over tasks of the mean over seeds; the paper's for DeepMind Control is
-    the median over seeds of the mean over tasks.
+    rliable's median is that over tasks of the mean over seeds, and its bootstrap draws seeds anew
+    within each task. The paper has done the same on DeepMind Control with tasks and seeds swapped:
+    its median is that over seeds of the mean over tasks, its bootstrap draws tasks within each
+    seed. Here these intervals are "iqm_tasks" and so on. The other one of the median over seeds
+    draws whole seeds: seeds drawn task by task would average their differences out.
     """
 
-    def values(scores: np.ndarray) -> np.ndarray:
-        three = (metrics.aggregate_iqm, metrics.aggregate_median, metrics.aggregate_mean)
-        gap = metrics.aggregate_optimality_gap(scores, gamma)
-        return np.array([*(function(scores) for function in three), gap, np.median(scores.mean(1))])
+    def cells(scores: np.ndarray, *functions: Callable) -> list[Cell]:
+        def values(scores: np.ndarray) -> np.ndarray:
+            return np.array([function(scores) for function in functions])
 
-    low = high = [None] * len(AGGREGATES)
-    if len(scores) > 1:
-        np.random.seed(args.seed)  # rliable draws its bootstrap from NumPy's global generator
-        _, intervals = library.get_interval_estimates({"": scores}, values, reps=args.reps)
-        low, high = intervals[""]
-    cells = zip(values(scores).tolist(), low, high, strict=True)
-    return dict(zip(AGGREGATES, cells, strict=True))
+        low = high = [None] * len(functions)
+        if several_seeds:
+            np.random.seed(0)  # rliable draws its bootstrap from NumPy's global generator
+            _, intervals = library.get_interval_estimates({"": scores}, values, reps=reps)
+            low, high = intervals[""]
+        return list(zip(values(scores).tolist(), low, high, strict=True))
+
+    several_seeds = len(scores) > 1
+    gap = partial(metrics.aggregate_optimality_gap, gamma=1000.0 if benchmark == "dmc" else 1.0)
+    four = (metrics.aggregate_iqm, metrics.aggregate_median, metrics.aggregate_mean, gap)
+    row = dict(zip(("iqm", "median", "mean", "og"), cells(scores, *four), strict=True))
+    row["seed_median"] = cells(scores.mean(1, keepdims=True), np.median)[0]
+    if benchmark == "dmc":
+        names = ("iqm_tasks", "seed_median_tasks", "mean_tasks", "og_tasks")
+        row |= zip(names, cells(scores.T, *four), strict=True)
+    return row
 
 
 def length_note(runs: pd.DataFrame, benchmark: str) -> list[str]:
@@ -370,7 +374,7 @@ def aggregate(runs: pd.DataFrame, benchmark: str, exp_name: str, args: Args) -> 
             runs = runs.assign(score=[human_normalized_score(*pair) for pair in pairs])
         scores, more = score_matrix(runs, there)
         notes += more
-        row |= all_aggregates(scores, 1000.0 if benchmark == "dmc" else 1.0, args)
+        row |= all_aggregates(scores, benchmark, args.reps)
     return row | {"notes": [f"{exp_name}: {note}" for note in notes]}
 
 
@@ -386,14 +390,6 @@ def paper(name: str) -> list[dict]:
     """Rows of a table in benchmark/paper/, None where the paper prints nothing."""
     table = pd.read_csv(PAPER / name, dtype={"replay_ratio": str}, float_precision="round_trip")
     return table.astype(object).where(table.notna(), None).to_dict("records")
-
-
-def paper_cell(row: dict, name: str) -> Cell:
-    """An aggregate as the paper prints it."""
-    if row.get(name) is None:
-        return None
-    ends = (row.get(f"{name}_{end}") for end in ("low", "high"))
-    return (float(row[name]), *(None if end is None else float(end) for end in ends))
 
 
 def paper_rows(number: str) -> list[dict]:
@@ -429,37 +425,23 @@ def say(*notes: str) -> None:
         print(note, file=sys.stderr)
 
 
-def show(title: str, rows: list[dict[str, Cell]], digits: int, form: str) -> None:
-    """A table: Markdown, CSV (an interval in two more columns) or a line of JSON."""
-    if form == "json":
-        print(json.dumps({"title": title, "rows": rows}, ensure_ascii=False))
-        return
+def show(title: str, rows: list[dict[str, Cell]], digits: int) -> None:
+    """A table in Markdown."""
 
-    def text(value: float | int | str | None) -> str:
-        if value is None:
+    def text(cell: Cell) -> str:
+        if isinstance(cell, tuple):
+            value, low, high = map(text, cell)
+            return f"{value} [{low}, {high}]" if low else value
+        if cell is None:
             return ""
-        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell).replace("|", "\\|")
 
-    table: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        cells = [row.get(name) for row in rows]
-        cells = [cell if isinstance(cell, tuple) else (cell, None, None) for cell in cells]
-        value, low, high = (list(map(text, part)) for part in zip(*cells, strict=True))
-        table[name] = value
-        if form == "csv" and any(low):
-            table |= {f"{name} low": low, f"{name} high": high}
-        elif form == "markdown":
-            ends = [f" [{a}, {b}]" if a else "" for a, b in zip(low, high, strict=True)]
-            table[name] = [a.replace("|", "\\|") + b for a, b in zip(value, ends, strict=True)]
-    if form == "csv":
-        print(f"# {title}")
-        pd.DataFrame(table).to_csv(sys.stdout, index=False)
-        return
     if title:
         print(f"{title}\n")
-    print("| " + " | ".join(table) + " |\n|" + "---|" * len(table))
-    for line in zip(*table.values(), strict=True):
-        print("| " + " | ".join(line) + " |")
+    names = dict.fromkeys(name for row in rows for name in row)
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for row in rows:
+        print("| " + " | ".join(text(row.get(name)) for name in names) + " |")
     print()
 
 
@@ -472,9 +454,16 @@ def show_aggregates(tables: list, of: Callable[[str, str], dict], args: Args) ->
             ours = of(benchmark, printed["exp_name"])
             row: dict[str, Cell] = {"method": printed["label"], "runs": ours["runs"]}
             for name in names:
-                row[AGGREGATES[name]] = ours.get(name)
-                if args.table is not None:
-                    row[f"{AGGREGATES[name]}, paper"] = paper_cell(printed, name)
+                column = AGGREGATES[name]
+                if benchmark == "dmc":  # two kinds of intervals, but for the median over tasks
+                    row[f"{column}, seeds resampled"] = ours.get(name)
+                    if name != "median":
+                        row[f"{column}, tasks resampled"] = ours.get(f"{name}_tasks")
+                else:
+                    row[column] = ours.get(name)
+                if printed.get(name) is not None:
+                    ends = (printed.get(f"{name}_low"), printed.get(f"{name}_high"))
+                    row[f"{column}, paper"] = (printed[name], *ends)
             if args.table == "2":
                 row |= {"GPU hours": ours.get("hours"), "GPU hours, paper": printed["gpu_hours"]}
                 row["million parameters"] = ours.get("parameters")
@@ -484,12 +473,14 @@ def show_aggregates(tables: list, of: Callable[[str, str], dict], args: Args) ->
             refused |= ours["refused"]
         if not any(row["runs"] for row in rows):
             notes.append(f"{title}: no runs of {', '.join(row['exp_name'] for row in shown)}")
-        show(title, rows, 1 if benchmark == "dmc" else 3, args.format)
+        elif args.table == "1" and benchmark == "dmc":
+            notes.append(f"{title}: {PAPERS_DMC}")
+        show(title, rows, 1 if benchmark == "dmc" else 3)
         say(*notes)
     return refused
 
 
-def show_by_task(runs: pd.DataFrame, number: str, form: str) -> None:
+def show_by_task(runs: pd.DataFrame, number: str) -> None:
     """Tables 7 to 10: mean returns over seeds, beside the paper's and what else it prints."""
     file, benchmark, exp_names = PER_TASK[number]
     chosen = {column: choose(runs, benchmark, name) for column, name in exp_names.items()}
@@ -508,10 +499,10 @@ def show_by_task(runs: pd.DataFrame, number: str, form: str) -> None:
                 row[f"{column}, runs"] = len(scores)
             row[f"{column}, paper"] = value if value is None else float(value)
         rows.append(row)
-    show(f"Table {number}", rows, 1, form)
+    show(f"Table {number}", rows, 1)
 
 
-def show_synthetic(runs: pd.DataFrame, late: dict, last: int, form: str) -> None:
+def show_synthetic(runs: pd.DataFrame, late: dict, last: int) -> None:
     """A row per method and task."""
     rows = []
     for run in runs.sort_values(["exp_name", "task"], key=lambda c: c.map(RANK)).itertuples():
@@ -521,7 +512,7 @@ def show_synthetic(runs: pd.DataFrame, late: dict, last: int, form: str) -> None
         row |= {"final": run.score, "mean": run.mean_accuracy}
         row["learning rate, weight decay"] = f"{run.learning_rate:g}, {run.weight_decay:g}"
         rows.append(row | {"seeds": len(seeds)})
-    show("", rows, 3, form)
+    show("", rows, 3)
 
 
 def late_accuracy(accuracies: pd.DataFrame, last: int) -> pd.Series:
@@ -529,18 +520,22 @@ def late_accuracy(accuracies: pd.DataFrame, last: int) -> pd.Series:
     return accuracies.iloc[:, -last:].mean(axis="columns", skipna=False)
 
 
+def fixed_policy(args: dict) -> str:
+    """By a run's flags: "random" or "constant", the policies that learn nothing, or ""."""
+    if args.get("eval_epsilon") == 1:
+        return "random"
+    return "constant" if "action" in args else ""  # of benchmark/constant_actions.py
+
+
 def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs, each with its curves and the returns of policies that learn nothing.
 
     curves: {TensorBoard tag: [points, 2]}, environment steps and values. first, late: returns of
     its own episodes before learning starts, and of those that end in the last quarter of its steps.
-    random, constant: returns of the REFERENCES on the same task, whose own runs are left out.
+    random, constant: returns of such policies on the same task, whose own runs are left out.
     """
-    told = [
-        run.exp_name in REFERENCES and REFERENCES[run.exp_name](run.args)
-        for run in runs.itertuples()
-    ]
-    references, runs = runs[told], runs[np.invert(told)]
+    policies = runs.args.map(fixed_policy)
+    references, runs = runs[policies != ""], runs[policies == ""]
     if runs.empty:
         sys.exit("error: no runs there but of policies that learn nothing")
     rows = runs.to_dict("records")
@@ -555,14 +550,14 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
         steps, returns = run["curves"].get("charts/episodic_return", np.empty((0, 2))).T
         run["first"] = returns[steps <= run["first_steps"]].tolist()
         run["late"] = returns[steps > 0.75 * run["steps"]].tolist()
-        same = references[
-            references[["benchmark", "task"]].eq([run["benchmark"], run["task"]]).all(axis=1)
-        ]
-        run |= {name: same.returns[same.exp_name == name].sum() or [] for name in REFERENCES}
+        same = references[references.benchmark == run["benchmark"]]
+        same = same[same.task == run["task"]]
+        for policy in ("random", "constant"):
+            run[policy] = same.returns[policies[same.index] == policy].sum() or []
     return pd.DataFrame(rows)
 
 
-def show_returns(runs: pd.DataFrame, form: str) -> None:
+def show_returns(runs: pd.DataFrame) -> None:
     """Two tables, a row per task, name and length: returns, and Figure 4's metrics where measured.
 
     The metrics are medians over the second half of each run's measurements.
@@ -576,7 +571,7 @@ def show_returns(runs: pd.DataFrame, form: str) -> None:
     rows, measured = [], []
     by = ["benchmark", "task", "exp_name", "steps"]
     for (benchmark, task, name, steps), own in runs.groupby(by, sort=False):
-        if problem := difference(own):
+        if problem := settings_differ(own):
             say(f"{name} on {task}: runs of different settings, {problem}")
         random, constant, late = plot.random_returns(own), own.constant.iloc[0], own.late.sum()
         which = {"task": task, "run": name, "steps": f"{steps:,}"}
@@ -596,12 +591,27 @@ def show_returns(runs: pd.DataFrame, form: str) -> None:
             row[title] = f"{np.median(late):.3g}" if late else ""
         if own:
             measured.append(row)
-    show("Returns", rows, 1, form)
+    show("Returns", rows, 1)
     if measured:
-        show("Plasticity, the median of each run's second half", measured, 3, form)
+        show("Plasticity, the median of each run's second half", measured, 3)
 
 
 # --- Report ---
+
+
+def aggregate_tables(args: Args, runs: pd.DataFrame) -> list[tuple[str, str, list[str], list]]:
+    """Those to print: title, benchmark, aggregates, and rows with a label and an exp_name."""
+    if args.scores is not None and args.table is None:
+        title = "human-normalized scores" if args.benchmark == "atari" else "returns"
+        rows = [{"label": name, "exp_name": name} for name in runs.exp_name.unique()]
+        return [(title, args.benchmark, list(AGGREGATES), rows)]
+    if args.table not in AGGREGATE_TABLES:
+        return []
+    rows = [row for row in paper_rows(args.table) if row["exp_name"]]
+    return [
+        (*table, [row for row in rows if row.get("benchmark", table[1]) == table[1]])
+        for table in AGGREGATE_TABLES[args.table][1]
+    ]
 
 
 def report(args: Args) -> int:
@@ -616,38 +626,25 @@ def report(args: Args) -> int:
     def of(benchmark: str, exp_name: str) -> dict:
         return aggregate(runs, benchmark, exp_name, args)
 
-    tables, refused = [], False
-    if args.table in AGGREGATE_TABLES:
-        rows = [row for row in paper_rows(args.table) if row["exp_name"]]
-        tables = [
-            (*table, [row for row in rows if row.get("benchmark", table[1]) == table[1]])
-            for table in AGGREGATE_TABLES[args.table][1]
-        ]
-    elif args.scores is not None:
-        title = "human-normalized scores" if args.benchmark == "atari" else "returns"
-        shown = [{"label": name, "exp_name": name} for name in runs.exp_name.unique()]
-        tables = [(title, args.benchmark, list(AGGREGATES), shown)]
     if args.table in PER_TASK:
-        show_by_task(runs, args.table, args.format)
-    else:
-        refused = show_aggregates(tables, of, args)
+        show_by_task(runs, args.table)
+    tables = aggregate_tables(args, runs)
+    refused = show_aggregates(tables, of, args)
     if args.runs and len(runs) and (args.table is None or args.plot is not None):
         runs = with_curves(runs)
-    last = min([args.last, *(table.shape[1] for table in synthetic.accuracies)])
-    late = {
-        (run.task, run.exp_name): late_accuracy(run.accuracies, last)
-        for run in synthetic.itertuples()
-    }
-    if late:
-        show_synthetic(synthetic, late, last, args.format)
-    if args.runs and args.table is None and len(runs):
-        show_returns(runs, args.format)
-    if args.plot is not None:
-        flags = synthetic.args.iloc[0] if late else dict.fromkeys(PROTOCOL)
+    late, title = {}, ""
+    if len(synthetic):
+        last = min(args.last, *(accuracies.shape[1] for accuracies in synthetic.accuracies))
+        for run in synthetic.itertuples():
+            late[run.task, run.exp_name] = late_accuracy(run.accuracies, last)
+        show_synthetic(synthetic, late, last)
+        flags = synthetic.args.iloc[0]
         title = f"{flags['num_stages']} stages of {flags['updates_per_stage']} updates"
         title += f", the last {last} averaged"
-        table2 = pd.DataFrame(paper_rows("2"))
-        plot.draw(args.plot, runs, late, title, of, table2, tables)
+    if args.table is None and "curves" in runs:
+        show_returns(runs)
+    if args.plot is not None:
+        plot.draw(args.plot, runs, late, title, of, pd.DataFrame(paper_rows("2")), tables)
     return int(refused)
 
 
@@ -668,8 +665,6 @@ def redraw(readme: Path) -> int:
         found = block.findall(text)
         if not text.count(start) == text.count(end) == len(found) > 0:
             raise ValueError(f"needs {start}FLAGS --> and {end}, one after the other")
-        if {"--help", "-h", "--readme"} & {flag for flags in found for flag in shlex.split(flags)}:
-            raise ValueError("--help and --readme make no report")
     except ValueError as error:
         sys.exit(f"error: --readme {readme}: {error}")
     text = block.sub(made_anew, text)

@@ -7,11 +7,11 @@
 #     --mps, --no-mps   with or without CUDA MPS, which lets processes share a GPU (default: with, where it is installed
 #                       and N > 1); started here, and stopped at the end
 #     --logs DIR        where each grid gets a directory (default runs/grids, from here), named by the checksum of its lines: it holds
-#                       the log and the exit code of each line, and GNU parallel's joblog
+#                       the log and the exit code of each line
 #
 # The GPUs are those of CUDA_VISIBLE_DEVICES, or all. Lines that ended well are not run again; the others are, and go on
-# where they stood by their own --resume. GNU parallel does the work, xargs where it is missing. Ctrl-C stops the lines and
-# waits for their checkpoints. At the end, failed lines are listed with their logs, and the exit code is 1.
+# where they stood by their own --resume. Ctrl-C stops the lines and waits for their checkpoints. At the end, failed lines are
+# listed with their logs, and the exit code is 1.
 set -euo pipefail
 unset CDPATH
 
@@ -65,14 +65,13 @@ threads=$(($(nproc) / at_once))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export GRID_DIR=$dir GRID_GPUS=$gpus
 
-run_line() { # SLOT NUMBER: run line NUMBER, on the GPU of this slot
+run_line() { # SLOT NUMBER: run line NUMBER, on the GPU of this slot (from 0); never fails, else xargs could end early
     local gpus=($GRID_GPUS) code=0
     if [[ ${#gpus[@]} -gt 0 ]]; then
-        export CUDA_VISIBLE_DEVICES=${gpus[$((($1 - 1) % ${#gpus[@]}))]}
+        export CUDA_VISIBLE_DEVICES=${gpus[$(($1 % ${#gpus[@]}))]}
     fi
     bash -c -- "$(sed -n "$2p" "$GRID_DIR/grid.txt")" > "$GRID_DIR/$2.log" 2>&1 9>&- < /dev/null || code=$?
     echo $code > "$GRID_DIR/$2.exit"
-    return $code
 }
 export -f run_line
 
@@ -86,30 +85,14 @@ if [[ $mps == yes ]]; then
     trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$CUDA_MPS_PIPE_DIRECTORY"' EXIT
 fi
 
-done_lines() { # numbers of the lines that ended well
-    (cd "$dir" && grep -lx 0 -- *.exit 2> /dev/null | sed 's/\.exit$//' | sort -n) || true
+left() { # numbers of the lines that have not ended well
+    for number in $(seq "$number_of_lines"); do
+        [[ $(cat "$dir/$number.exit" 2> /dev/null) == 0 ]] || echo "$number"
+    done
 }
 
 # In a session of their own, so that Ctrl-C reaches the lines through stop(), once, and all of them can be found.
-if command -v parallel > /dev/null; then
-    # GNU parallel leaves out what its joblog has as done: the lines whose exit code is 0, and no others.
-    touch "$dir/joblog"
-    awk -F '\t' -v OFS='\t' -v numbers="$(done_lines | tr '\n' ' ')" '
-        BEGIN { count = split(numbers, list, " "); for (i = 1; i <= count; i++) done[list[i]] = 1 }
-        $1 in done { row[$1] = $0 }
-        END {
-            print "Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal", "Command"
-            for (n in done) print (n in row && row[n] ~ /\t0\t0\trun_line/ ? row[n] : n OFS ":\t0\t0\t0\t0\t0\t0\trun_line")
-        }' "$dir/joblog" > "$dir/joblog.new"
-    mv "$dir/joblog.new" "$dir/joblog"
-    progress=()
-    [[ -t 2 ]] && progress=(--eta)
-    seq "$number_of_lines" | PARALLEL_SHELL=$(command -v bash) setsid parallel --will-cite --jobs "$at_once" "${progress[@]}" \
-        --joblog "$dir/joblog" --resume-failed --termseq TERM,600000,KILL,25 run_line {%} {} &
-else
-    comm -23 <(seq "$number_of_lines" | sort) <(done_lines | sort) | sort -n |
-        setsid xargs -r -P "$at_once" -I{} --process-slot-var=SLOT bash -c 'run_line $((SLOT + 1)) {} || true' &
-fi
+left | setsid xargs -r -P "$at_once" -I{} --process-slot-var=SLOT bash -c 'run_line "$SLOT" {}' &
 session=$!
 stopped=0
 stop() {

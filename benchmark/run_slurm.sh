@@ -5,6 +5,8 @@
 #
 #     --per-gpu N       lines that share a task and its GPU (default 1)
 #     --jobs N          tasks at a time (default 64)
+#     --submit N        at most N tasks now, where the cluster limits how many one may have queued; the same command, when they
+#                       have ended, submits the next
 #     --partition NAME  as sbatch has it; without it, Slurm's default
 #     --gpus N          GPUs of a task (default 1; 0 = none)
 #     --cpus N          cores of a line (default 4)
@@ -20,20 +22,20 @@
 set -euo pipefail
 unset CDPATH
 
-per_gpu=1 jobs=64 partition="" gpus=1 cpus=4 limit="" logs=runs/grids waiting=0 dry_run=0
+per_gpu=1 jobs=64 submit=999999 partition="" gpus=1 cpus=4 limit="" logs=runs/grids waiting=0 dry_run=0
 while [[ $# -gt 0 ]]; do
     case $1 in
         -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
         --wait) waiting=1 ;;
         --dry-run) dry_run=1 ;;
-        --per-gpu | --jobs | --partition | --gpus | --cpus | --time | --logs)
+        --per-gpu | --jobs | --submit | --partition | --gpus | --cpus | --time | --logs)
             if [[ $# -lt 2 ]]; then
                 echo "error: $1 needs a value" >&2
                 exit 2
             fi
             case $1 in
-                --per-gpu) per_gpu=$2 ;; --jobs) jobs=$2 ;; --partition) partition=$2 ;; --gpus) gpus=$2 ;;
-                --cpus) cpus=$2 ;; --time) limit=$2 ;; --logs) logs=$2 ;;
+                --per-gpu) per_gpu=$2 ;; --jobs) jobs=$2 ;; --submit) submit=$2 ;; --partition) partition=$2 ;;
+                --gpus) gpus=$2 ;; --cpus) cpus=$2 ;; --time) limit=$2 ;; --logs) logs=$2 ;;
             esac
             shift
             ;;
@@ -41,9 +43,9 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-for value in "$per_gpu" "$jobs" "$cpus" "1$gpus"; do
+for value in "$per_gpu" "$jobs" "$submit" "$cpus" "1$gpus"; do
     if [[ ! $value =~ ^[1-9][0-9]{0,5}$ ]]; then
-        echo "error: --per-gpu, --jobs, --gpus and --cpus need numbers" >&2
+        echo "error: --per-gpu, --jobs, --submit, --gpus and --cpus need numbers" >&2
         exit 2
     fi
 done
@@ -120,11 +122,13 @@ fi
 exit $failed
 TASK
 
+go_on="the same command goes on when these have ended"
+now=$((tasks < submit ? tasks : submit))
 # MaxArraySize is one more than the largest index.
 most=$(scontrol show config | sed -n 's/^MaxArraySize *= *//p')
 id=""
-for ((offset = 0; offset < tasks; offset += most)); do
-    last=$((tasks - offset < most ? tasks - offset - 1 : most - 1))
+for ((offset = 0; offset < now; offset += most)); do
+    last=$((now - offset < most ? now - offset - 1 : most - 1))
     command=(sbatch --parsable --job-name "$name" --array "0-$last%$jobs" --requeue --open-mode append --signal B:USR1@120
         --ntasks 1 --cpus-per-task $((cpus * per_gpu)) --output "$dir/slurm-%A_%a.log"
         --export "ALL,GRID_DIR=$dir,GRID_TODO=$todo,GRID_OFFSET=$offset,GRID_PER_TASK=$per_gpu,OMP_NUM_THREADS=$cpus")
@@ -137,7 +141,10 @@ for ((offset = 0; offset < tasks; offset += most)); do
         id=ID
         continue
     fi
-    id=$("${command[@]}" "$dir/task.sh")
+    if ! id=$("${command[@]}" "$dir/task.sh"); then
+        echo "error: sbatch refused; $offset of $tasks tasks are submitted, $go_on (--submit N: only N tasks at once)" >&2
+        exit 1
+    fi
     id=${id%%;*} # of several clusters
     echo "submitted array $id, $((last + 1)) tasks"
 done
@@ -145,12 +152,13 @@ if [[ $dry_run == 1 ]]; then
     rm "$todo"
     exit
 fi
+[[ $now == "$tasks" ]] || echo "$now of $tasks tasks are submitted, $go_on"
 echo "logs in $dir; squeue -n $name shows what is queued, scancel -n $name ends it"
 [[ $waiting == 0 ]] && exit
 
 while queued=$(squeue -h -n "$name") && [[ -n $queued ]]; do sleep 2; done
 failed=0
-for number in $(seq "$(wc -l < "$dir/grid.txt")"); do
+for number in $(head -n $((now * per_gpu)) "$todo"); do
     code=$(cat "$dir/$number.exit" 2> /dev/null || echo none)
     if [[ $code != 0 ]]; then
         failed=$((failed + 1))
@@ -158,5 +166,6 @@ for number in $(seq "$(wc -l < "$dir/grid.txt")"); do
         echo "    $dir/$number.log: $(tail -n 1 "$dir/$number.log" 2> /dev/null)" >&2
     fi
 done
-echo "$(($(wc -l < "$dir/grid.txt") - failed)) of $(wc -l < "$dir/grid.txt") lines done"
+later=$(tail -n +$((now * per_gpu + 1)) "$todo" | wc -l)
+echo "$(($(wc -l < "$dir/grid.txt") - failed - later)) of $(wc -l < "$dir/grid.txt") lines done"
 [[ $failed == 0 ]]

@@ -3,6 +3,10 @@
 #
 #     bash benchmark/table1_dmc.sh | bash benchmark/run_local.sh -j 2
 #     TASKS="walker-run" SEEDS="1 2" METHODS="base plastic" bash benchmark/table1_dmc.sh
+#
+# The paper's Base and Reset are runs of Nikishin et al. (2022), whose replay buffer holds 100,000; Table 6 says 1,000,000:
+#
+#     METHODS="base reset" EXTRA="--buffer-size 100000 --run-dir buffer100k" bash benchmark/table1_dmc.sh
 source "$(dirname "$0")/grid.sh"
 choose METHODS "base sam ln crelu reset plastic"
 choose TASKS "$DMC"
