@@ -895,6 +895,67 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     return {name: int(units.sum()) / len(units) for name, units in active.items()}
 
 
+@torch.no_grad()
+def unit_scores(network: nn.Module, forward: Callable[[], object]) -> dict[str, Tensor]:
+    """E|h_i| / mean_k E|h_k| of the units i of each ReLU or CReLU when `forward` runs the network.
+
+    By layer, [units]. A unit is dormant at tau if its score is at most tau (Sokar et al., 2023,
+    arXiv 2302.12902, definition 3.1). A convolution's unit is a feature map; with CReLU, a unit is
+    the pair (x+, x-).
+    """
+    scores: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            score = output.abs().mean([0, *range(2, output.ndim)])  # over samples and pixels
+            if isinstance(module, CReLU):
+                score = score.view(2, -1).sum(0)
+            scores[name] = score / score.mean().clamp(min=1e-9)  # in a layer of zeros all are 0
+
+        return hook
+
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return scores
+
+
+def dormant_ratios(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Share of a network's units that are dormant at three thresholds, of unit_scores()."""
+    units = torch.cat(list(scores.values()))
+    thresholds = (0, 0.025, 0.1)
+    return {f"dormant_ratio/{tau}": int((units <= tau).sum()) / len(units) for tau in thresholds}
+
+
+@torch.no_grad()
+def feature_metrics(features: Tensor) -> dict[str, float]:
+    """Ranks of features [N, width] by their singular values s, and the mean of their norms.
+
+    Effective rank: exp(-sum p ln p), p = s / sum s (Roy & Vetterli, 2007). srank: the fewest s that
+    sum to 99% (Kumar et al., 2021, arXiv 2010.14498). Stable rank: ||A||_F^2 / s_1^2. nan where all
+    features are 0 or one is not finite.
+    """
+    metrics = dict.fromkeys(("effective_rank", "srank", "stable_rank"), math.nan)
+    metrics["feature_norm"] = float(features.norm(dim=1).mean())
+    if features.isfinite().all() and features.any():
+        s = torch.linalg.svdvals(features).double()
+        p = s / s.sum()
+        metrics["effective_rank"] = float(torch.special.entr(p).sum().exp())
+        metrics["srank"] = float((p.cumsum(0) < 0.99).sum() + 1)
+        metrics["stable_rank"] = float((s / s[0]).square().sum())
+    return metrics
+
+
+@torch.no_grad()
+def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, float]:
+    """Norm of the weights, and their distance from the initial ones, over all tensors."""
+    moved = torch._foreach_sub(weights, initial)
+    norms = {"weight_norm": weights, "weight_distance": moved}
+    return {name: float(nn.utils.get_total_norm(tensors)) for name, tensors in norms.items()}
+
+
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
     """Largest eigenvalue of the Hessian of `loss` (section 4.1), by sign: of -2 and 1, 1.
 
@@ -929,16 +990,18 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
 
 
 def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: Generator) -> dict:
-    """Active units on 512 transitions and sharpness on 32, drawn uniformly.
+    """Active and dormant units on 512 transitions, sharpness on 32, drawn uniformly.
 
-    Without noise, augmentation and importance weights.
+    Features are those of 1,024 transitions. Without noise, augmentation and importance weights.
     """
     online, target = agent.online, agent.target
     online.head.eval()
     target.head.eval()
     batch = replay.sample_uniform(512, generator)
-    units = active_units(online, lambda: online(to_images(batch.obs)))
+    images = to_images(batch.obs)
+    units = active_units(online, lambda: online(images))
     metrics = {f"active_units/{name}": share for name, share in units.items()}
+    metrics |= dormant_ratios(unit_scores(online, lambda: online(images)))
 
     batch = Batch(*(entry[:32] for entry in batch))
     td_target = agent.td_target(batch, to_images(batch.next_obs))
@@ -947,6 +1010,18 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: Generator)
     loss = cross_entropy(log_probs, batch.action, td_target).mean()
     means = [w for name, w in online.named_parameters() if "sigma" not in name]  # not in the loss
     metrics["hessian_max_eigenvalue"] = max_eigenvalue(loss, means, generator)
+
+    # Features: what the advantage stream's hidden layer gives out.
+    stream = online.head.advantage
+    obs = replay.sample_uniform(max(1024, stream.output.weight_mu.shape[1]), generator).obs
+    with torch.no_grad():
+        hidden = stream.hidden(online.backbone(to_images(obs)))
+        metrics |= feature_metrics(stream.activation(stream.norm(hidden)))
+    # Initial weights: drawn from the seed as at the start of the run.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        make_generators(agent.args)
+        initial = QNetwork(agent.num_actions, agent.args).to(obs.device)
+    metrics |= weight_metrics(agent.parameters, list(initial.parameters()))
     online.head.train()
     target.head.train()
     return metrics

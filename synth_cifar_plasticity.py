@@ -21,7 +21,8 @@ PLASTIC, the base that it stands on, and a sweep of settings:
 Read seen_images and stage_labels first, which are the two tasks, then Replicas.update, which is
 SGD with SAM, then train, the loop around it.
 Network is backbone and head, with LayerNorm and CReLU. Replicas holds the networks of all seeds
-and settings, a row each. The other intervention is Replicas.reset_heads.
+and settings, a row each. The other intervention is Replicas.reset_heads. Methods of later papers
+are off by default: ReDo, L2 Init, weight clipping, Hare & Tortoise, and Shrink & Perturb.
 Two clocks tick: gradient updates, which the loop calls steps, and stages of 500 updates each.
 Resets count stages. A setting is a pair of learning rate and weight decay.
 
@@ -87,7 +88,7 @@ class Args:
     exp_name: str = "synth_cifar_plasticity"  # name of this method, part of the run's directory
     # where run directories are made: <run-dir>/<task>__<exp-name>__<first-seed>-<num-seeds>
     run_dir: str = "runs"
-    data_dir: str = "data"  # holds cifar-10-batches-py
+    data_dir: str = "data"  # holds cifar-10-batches-py, or is it
     download: bool = True  # download CIFAR-10 (170 MB) where it is absent
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = CUDA where there is one
     cuda_graph: bool = True  # update as a CUDA graph (no effect on the CPU)
@@ -117,6 +118,15 @@ class Args:
     crelu_scope: Literal["head", "all"] = "head"  # all = the backbone's layers too
     sam_rho: float = 0.1  # radius of the SAM perturbation (0 = off)
     reset_interval: int = 10  # stages between resets of the head (0 = off)
+    shrink_perturb_alpha: float = 1.0  # Shrink & Perturb's weight of the old backbone (1 = off)
+
+    # Interventions of later papers
+    redo_interval: int = 0  # updates between recyclings of dormant units (0 = off; ReDo: 1000)
+    redo_tau: float = 0.1  # a unit whose score is at most this is dormant
+    l2_init: bool = False  # weight decay pulls towards the initial weights instead of 0
+    weight_clip: float = 0.0  # bound of the weights, in bounds of the initial ones (0 = off)
+    tortoise_interval: int = 0  # stages between copies of the slow weights (0 = off)
+    tortoise_ema: float = 0.999  # of the slow weights: the share that an update keeps
 
     # Metrics, logging
     metrics_interval: int = 0  # stages between plasticity metrics (0 = off)
@@ -129,9 +139,10 @@ class Args:
         """Check the flags and resolve `auto`. tyro prints a ValueError and ends with code 2."""
         tiny, huge = 1e-12, 10**9
         for lowest, highest, names in (
-            (0, 1, "momentum"),
+            (0, 1, "momentum shrink_perturb_alpha tortoise_ema"),
             (0, 1024, "torch_threads"),
             (0, huge, "first_seed weight_decay sam_rho reset_interval"),
+            (0, huge, "redo_interval redo_tau weight_clip tortoise_interval"),
             (0, huge, "checkpoint_interval metrics_interval"),
             (tiny, huge, "learning_rate"),
             (1, 10, "conv_strides"),
@@ -151,6 +162,8 @@ class Args:
             # As log_means() writes them.
             if not values or len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{flag} needs one value, or several different ones")
+        if self.shrink_perturb_alpha < 1 and self.reset_interval == 0:
+            raise ValueError("--shrink-perturb-alpha acts at resets: pass --reset-interval")
         size = 32
         for stride in self.conv_strides:
             if size < 3:
@@ -231,7 +244,9 @@ def download(directory: Path) -> None:
 
 def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
     """Images and labels for training, uint8 [50000, 3, 32, 32], int64 [50000], and for the test."""
-    directory = Path(args.data_dir) / "cifar-10-batches-py"
+    directory = Path(args.data_dir)
+    if not (directory / "data_batch_1").exists():  # not the directory itself: the one that holds it
+        directory /= "cifar-10-batches-py"
     if not directory.exists():
         if not args.download:
             sys.exit(f"error: {directory} is not there; pass --download, or another --data-dir")
@@ -242,7 +257,7 @@ def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
 
 
 # Each seed's streams of NumPy's random numbers: a draw follows from seed, stream and stage alone.
-ORDER, BATCHES, LABELS, RESETS, EVALUATED = range(5)
+ORDER, BATCHES, LABELS, RESETS, EVALUATED, RECYCLED = range(6)
 
 
 def seen_images(seed: int, stage: int, num_images: int, args: Args) -> np.ndarray:
@@ -358,6 +373,46 @@ def sam_perturbed_weights(weights: Tensor, gradient: Tensor, rho: float) -> Tens
     return weights + rho / (norm + 1e-12) * gradient
 
 
+@torch.no_grad()
+def unit_scores(network: nn.Module, forward: Callable[[], object]) -> dict[str, Tensor]:
+    """E|h_i| / mean_k E|h_k| of the units i of each ReLU or CReLU when `forward` runs the network.
+
+    By layer, [units]. A unit is dormant at tau if its score is at most tau (Sokar et al., 2023,
+    arXiv 2302.12902, definition 3.1). A convolution's unit is a feature map; with CReLU, a unit is
+    the pair (x+, x-).
+    """
+    scores: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            score = output.abs().mean([0, *range(2, output.ndim)])  # over samples and pixels
+            if isinstance(module, CReLU):
+                score = score.view(2, -1).sum(0)
+            scores[name] = score / score.mean().clamp(min=1e-9)  # in a layer of zeros all are 0
+
+        return hook
+
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return scores
+
+
+def initial_bounds(network: nn.Module) -> Tensor:
+    """Bound of the uniform distribution that each parameter is drawn from, [P].
+
+    PyTorch's 1 / sqrt(fan-in), of biases too; infinite for LayerNorm's, which are not drawn.
+    """
+    bounds = []
+    for module in network.modules():
+        drawn = isinstance(module, nn.Conv2d | nn.Linear)
+        bound = module.weight[0].numel() ** -0.5 if drawn else math.inf
+        bounds += [torch.full((w.numel(),), bound) for w in module.parameters(recurse=False)]
+    return torch.cat(bounds)
+
+
 # --- Update ---------------------------------------------------------------------------------------
 
 
@@ -403,6 +458,11 @@ class Replicas:
         )
         self.weights = self.initial_weights(self.seeds)
         self.momentum = torch.zeros_like(self.weights)
+        # w_0 follows from the seeds: no checkpoint needs to hold it.
+        self.initial = self.weights.clone() if args.l2_init else None
+        self.slow = self.weights.clone() if args.tortoise_interval > 0 else None
+        if args.weight_clip > 0:
+            self.clip_bounds = args.weight_clip * initial_bounds(self.network).to(device)
         # Made so far: [1], because indexing with a scalar tensor would wait for the device.
         self.updates = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -427,11 +487,60 @@ class Replicas:
         class_labels = [stage_labels(seed, stage, args) for seed in self.seeds]
         self.class_labels.copy_(torch.from_numpy(np.stack(class_labels)))
 
+    def fresh_weights(self, stream: int, count: int) -> Tensor:
+        """Weights drawn anew, for a seed's `count` of a stream of random numbers: [R, P]."""
+        seeds = [int(np.random.default_rng([s, stream, count]).integers(2**63)) for s in self.seeds]
+        return self.initial_weights(seeds)
+
     def reset_heads(self, stage: int) -> None:
-        """Fresh fully connected layers, and no momentum there; in place (section 3)."""
-        seeds = [int(np.random.default_rng([s, RESETS, stage]).integers(2**63)) for s in self.seeds]
-        self.weights[:, self.head_start :] = self.initial_weights(seeds)[:, self.head_start :]
+        """Fresh fully connected layers, and no momentum there; in place (section 3).
+
+        With Shrink & Perturb (section 4.3), backbone w <- alpha * w + (1 - alpha) * phi, phi fresh.
+        Slow weights, where there are some, are treated as the fast ones.
+        """
+        fresh, alpha = self.fresh_weights(RESETS, stage), self.args.shrink_perturb_alpha
+        for weights in (self.weights, self.slow):
+            if weights is not None:
+                weights[:, self.head_start :] = fresh[:, self.head_start :]
+                if alpha < 1:
+                    weights[:, : self.head_start].lerp_(fresh[:, : self.head_start], 1 - alpha)
         self.momentum[:, self.head_start :] = 0
+
+    @torch.no_grad()
+    def recycle(self, step: int) -> None:
+        """ReDo: a dormant unit's weights are fresh on its way in, 0 on its way out; in place.
+
+        Its bias is 0, and so is the momentum of all of these; LayerNorm's scale and shift stay
+        (Sokar et al., 2023, algorithm 1). Scores are those of the next minibatch.
+        """
+        vmapped_scores = vmap(
+            lambda parameters, images: unit_scores(
+                self.network, lambda: functional_call(self.network, parameters, (images,))
+            )
+        )
+        by_group = [
+            vmapped_scores(self.parameters(self.weights[group]), self.next_batch(group)[0])
+            for group in self.groups
+        ]
+        w, m = self.parameters(self.weights), self.parameters(self.momentum)
+        fresh = self.parameters(self.fresh_weights(RECYCLED, step))
+        layers = [n.removesuffix(".weight") for n, shape in self.shapes.items() if len(shape) > 1]
+        hidden = list(zip(by_group[0], layers[:-1], layers[1:], strict=True))
+        # From the last layer back: between two dormant units the weight is 0, as on the way out.
+        for activation, layer, following in reversed(hidden):
+            scores = torch.cat([group_scores[activation] for group_scores in by_group])
+            dormant = scores <= self.args.redo_tau  # [R, units]; a score of nan is not
+            rows, dormant_rows = (*dormant.shape, -1), dormant[:, :, None]
+            w_in, fresh_in = (p[f"{layer}.weight"].view(rows) for p in (w, fresh))
+            w_in.copy_(torch.where(dormant_rows, fresh_in, w_in))
+            m[f"{layer}.weight"].view(rows).masked_fill_(dormant_rows, 0)
+            # What the next layer takes in: x+ of all units, then x- of all, each with its pixels.
+            copies = 2 if isinstance(self.network.get_submodule(activation), CReLU) else 1
+            for p in (w, m):
+                p[f"{layer}.bias"].masked_fill_(dormant, 0)
+                out = p[f"{following}.weight"]
+                columns = out.view(*out.shape[:2], copies, dormant.shape[1], -1)
+                columns.masked_fill_(dormant[:, None, None, :, None], 0)
 
     def standardise(self, images: Tensor) -> Tensor:
         """uint8 [..., 3, 32, 32] -> float32."""
@@ -445,38 +554,59 @@ class Replicas:
         labels = self.class_labels[seed_index].gather(1, self.labels[index])
         return self.standardise(self.images[index]), labels
 
-    def forward(self, weights: Tensor, images: Tensor) -> Tensor:
-        """Each replica's logits, of its own images: [G, P], [G, B, 3, 32, 32] -> [G, B, 10]."""
+    def parameters(self, weights: Tensor) -> dict[str, Tensor]:
+        """Views of `weights` [G, P] as the network's parameters, [G, ...] each, by name."""
         parts = weights.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        parameters = {
+        return {
             name: part.view(-1, *shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
+
+    def forward(self, weights: Tensor, images: Tensor) -> Tensor:
+        """Each replica's logits, of its own images: [G, P], [G, B, 3, 32, 32] -> [G, B, 10]."""
+        parameters = self.parameters(weights)
         if len(weights) > 1:
             return self.vmapped_network(parameters, images)
         # vmap would take a quarter more time on a CPU.
         alone = {name: w[0] for name, w in parameters.items()}
         return functional_call(self.network, alone, (images[0],))[None]
 
-    def gradient(self, weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of each replica, [G], and its gradient, [G, P]."""
+    def gradient(
+        self, group: slice, weights: Tensor, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of each replica, [G], and the gradient, [G, P].
+
+        With L2 Init, that of cross-entropy + weight_decay / 2 * ||w - w_0||^2, w_0 being the
+        initial weights (Kumar et al., 2023, arXiv 2308.11958, whose lambda is half as large).
+        """
         weights = weights.detach().requires_grad_()
         logits = self.forward(weights, images)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         losses = losses.view(labels.shape).mean(1)
         # No loss depends on another replica's weights: the sum's gradient is each one's own.
-        return losses.detach(), torch.autograd.grad(losses.sum(), weights)[0]
+        gradient = torch.autograd.grad(losses.sum(), weights)[0]
+        if self.args.l2_init:
+            gradient.addcmul_(self.weight_decay[group], weights.detach() - self.initial[group])
+        return losses.detach(), gradient
 
     @torch.no_grad()
     def sgd(self, group: slice, gradient: Tensor) -> None:
         """SGD with momentum, in place.
 
-        m <- momentum * m + g + weight_decay * w, then w <- w - learning_rate * m.
+        m <- momentum * m + g + weight_decay * w, then w <- w - learning_rate * m. With L2 Init the
+        decay is in g already. Clipping keeps w within --weight-clip times the bound of the initial
+        distribution (Elsayed et al., 2024, arXiv 2407.01704, algorithm 1). The slow weights follow:
+        w_slow <- ema * w_slow + (1 - ema) * w (Lee et al., 2024, arXiv 2406.02596).
         """
         w, m = self.weights[group], self.momentum[group]
         torch.add(gradient, m, alpha=self.args.momentum, out=m)
-        m.addcmul_(self.weight_decay[group], w)
+        if not self.args.l2_init:
+            m.addcmul_(self.weight_decay[group], w)
         w.addcmul_(self.learning_rate[group], m, value=-1)
+        if self.args.weight_clip > 0:
+            w.clamp_(-self.clip_bounds, self.clip_bounds)
+        if self.slow is not None:
+            self.slow[group].lerp_(w, 1 - self.args.tortoise_ema)
 
     def update(self) -> Tensor:
         """One gradient update of every replica. Returns the losses at w, [R]."""
@@ -484,10 +614,10 @@ class Replicas:
         for group in self.groups:
             images, labels = self.next_batch(group)
             weights = self.weights[group]
-            loss, gradient = self.gradient(weights, images, labels)
+            loss, gradient = self.gradient(group, weights, images, labels)
             if self.args.sam_rho > 0:  # the gradient at w + rho * g / ||g||, the step from w
                 perturbed = sam_perturbed_weights(weights, gradient, self.args.sam_rho)
-                _, gradient = self.gradient(perturbed, images, labels)
+                _, gradient = self.gradient(group, perturbed, images, labels)
             self.sgd(group, gradient)
             losses.append(loss)
         self.updates.add_(1)
@@ -498,8 +628,9 @@ class Replicas:
         return ~self.weights.isfinite().all(1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What update() and reset_heads() change in place."""
-        return {"weights": self.weights, "momentum": self.momentum, "updates": self.updates}
+        """What learning changes in place."""
+        tensors = {"weights": self.weights, "momentum": self.momentum, "updates": self.updates}
+        return tensors if self.slow is None else tensors | {"slow": self.slow}
 
 
 def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
@@ -550,14 +681,16 @@ def make_replicas(args: Args, data: tuple[np.ndarray, ...]) -> tuple[Replicas, C
 def accuracy(replicas: Replicas, images: Tensor, labels: Tensor, index: Tensor) -> list[float]:
     """Each replica's accuracy, [R], on the images `index` [S, N] of its seed.
 
-    With the labels of the stage; nan for a replica that has diverged.
+    With the labels of the stage, and by the slow weights where there are some; nan for a replica
+    that has diverged.
     """
     shares = []
+    weights = replicas.weights if replicas.slow is None else replicas.slow
     for group in replicas.groups:
         seed_index = replicas.seed_index[group]
         correct = 0
         for part in index[seed_index].split(replicas.args.batch_size, dim=1):
-            logits = replicas.forward(replicas.weights[group], replicas.standardise(images[part]))
+            logits = replicas.forward(weights[group], replicas.standardise(images[part]))
             true_labels = replicas.class_labels[seed_index].gather(1, labels[part])
             correct += (logits.argmax(2) == true_labels).sum(1)
         shares.append(correct.double() / index.shape[1])
@@ -680,23 +813,65 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     return float(ritz_values[-1])
 
 
-def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float]]:
-    """Active units on 512 images of the stage's minibatches, sharpness on 32 of them: {name: [R]}.
+def dormant_ratios(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Share of a network's units that are dormant at three thresholds, of unit_scores()."""
+    units = torch.cat(list(scores.values()))
+    thresholds = (0, 0.025, 0.1)
+    return {f"dormant_ratio/{tau}": int((units <= tau).sum()) / len(units) for tau in thresholds}
 
-    nan for a replica that has diverged.
+
+@torch.no_grad()
+def feature_metrics(features: Tensor) -> dict[str, float]:
+    """Ranks of features [N, width] by their singular values s, and the mean of their norms.
+
+    Effective rank: exp(-sum p ln p), p = s / sum s (Roy & Vetterli, 2007). srank: the fewest s that
+    sum to 99% (Kumar et al., 2021, arXiv 2010.14498). Stable rank: ||A||_F^2 / s_1^2. nan where all
+    features are 0 or one is not finite.
+    """
+    metrics = dict.fromkeys(("effective_rank", "srank", "stable_rank"), math.nan)
+    metrics["feature_norm"] = float(features.norm(dim=1).mean())
+    if features.isfinite().all() and features.any():
+        s = torch.linalg.svdvals(features).double()
+        p = s / s.sum()
+        metrics["effective_rank"] = float(torch.special.entr(p).sum().exp())
+        metrics["srank"] = float((p.cumsum(0) < 0.99).sum() + 1)
+        metrics["stable_rank"] = float((s / s[0]).square().sum())
+    return metrics
+
+
+@torch.no_grad()
+def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, float]:
+    """Norm of the weights, and their distance from the initial ones, over all tensors."""
+    moved = torch._foreach_sub(weights, initial)
+    norms = {"weight_norm": weights, "weight_distance": moved}
+    return {name: float(nn.utils.get_total_norm(tensors)) for name, tensors in norms.items()}
+
+
+def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float]]:
+    """Active and dormant units on 512 images of the stage's minibatches, features on 1,024 of them.
+
+    Sharpness and the gradient's norm on 32: {name: [R]}. Of the fast weights; nan for a replica
+    that has diverged.
     """
     metrics: dict[str, list[float]] = {}
     network = Network(replicas.args).to(replicas.device)
     parameters, diverged = list(network.parameters()), replicas.diverged().tolist()
+    initial = replicas.initial_weights(replicas.seeds)  # drawn once more
     for r, s in enumerate(replicas.seed_index.tolist()):
         vector_to_parameters(replicas.weights[r], parameters)
-        index = replicas.batches[:, s].flatten()[:512]
+        index = replicas.batches[:, s].flatten()[:1024]
         images = replicas.standardise(replicas.images[index])
         labels = replicas.class_labels[s, replicas.labels[index[:32]]]
-        units = active_units(network, partial(network, images))
+        forward = partial(network, images[:512])
+        units = active_units(network, forward)
         values = {f"active_units/{name}": share for name, share in units.items()}
+        values |= dormant_ratios(unit_scores(network, forward))
+        values |= feature_metrics(network.head[:-1](network.backbone(images)))
+        values |= weight_metrics([replicas.weights[r]], [initial[r]])
         generator = Generator(replicas.device).manual_seed(stage)
         loss = F.cross_entropy(network(images[:32]), labels)
+        gradient = torch.autograd.grad(loss, parameters, retain_graph=True)
+        values["gradient_norm"] = float(nn.utils.get_total_norm(gradient))
         values["hessian_max_eigenvalue"] = max_eigenvalue(loss, parameters, generator)
         for name, value in values.items():
             metrics.setdefault(name, []).append(math.nan if diverged[r] else value)
@@ -915,11 +1090,15 @@ def train(args: Args, run_dir: Path) -> None:
         # Begin a stage, or go on in the middle of one
         if position == 0 and due(args.reset_interval, stage):  # never before stage 0
             replicas.reset_heads(stage)
+        if position == 0 and due(args.tortoise_interval, stage):  # the hare comes back
+            replicas.weights.copy_(replicas.slow)
         if position == 0 or step == steps.start:
             replicas.start_stage(stage)
 
         # Learn
         losses = update()
+        if due(args.redo_interval, step):
+            replicas.recycle(step)
         if log_due or stage_over:
             losses_by_replica = losses.tolist()  # waits: an evaluation's time is not training's
         counters.training_seconds += time.perf_counter() - step_start

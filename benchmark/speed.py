@@ -63,7 +63,7 @@ class Subject:
 
 
 def rainbow(script: ModuleType, device: str, quick: bool, **flags) -> Subject:
-    """DrQ-Rainbow on Alien after 20,000 random interactions (quick: 200)."""
+    """DrQ-Rainbow on Alien after 2,000 random interactions (quick: 200)."""
     args = script.Args(device=device, **flags)
     agent, replay, update, act = script.make_agent(args, script.make_generators(args)["sampling"])
     envs, rng = script.make_envs(args.env_id, 1, args.seed), np.random.default_rng(0)
@@ -75,7 +75,7 @@ def rainbow(script: ModuleType, device: str, quick: bool, **flags) -> Subject:
         done = bool(terminated[0] or truncated[0])  # EnvPool's next step resets
         replay.add(int(action[0]), float(np.sign(rewards[0])), done, frames[0, 0])
 
-    for _ in range(200 if quick else 20_000):
+    for _ in range(200 if quick else 2_000):
         env_step()
     calls = {"update_ms": update, "act_ms": lambda: int(act()), "env_step_ms": env_step}
     return Subject(lambda: agent.update(replay), calls, agent.num_updates, args.total_timesteps)

@@ -2,7 +2,7 @@
 # A real Slurm of one node on this machine, for tests/test_grids.py; as root, on Debian or Ubuntu. It overwrites
 # /etc/slurm/slurm.conf: not for a machine that is part of a cluster.
 #
-#     bash tests/local_slurm.sh          # installs slurm-wlm, munge and parallel where they are missing, and starts
+#     bash tests/local_slurm.sh          # installs slurm-wlm and munge where they are missing, and starts
 #     bash tests/local_slurm.sh stop
 set -euo pipefail
 dir=/tmp/local-slurm
@@ -14,10 +14,10 @@ if [[ ${1:-start} == stop ]]; then
     done
     exit
 fi
-for tool in slurmctld munged parallel; do
+for tool in slurmctld munged; do
     if ! command -v "$tool" > /dev/null; then
         apt-get update -qq > /dev/null
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge parallel > /dev/null
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge > /dev/null
         break
     fi
 done

@@ -3,9 +3,11 @@
 import copy
 import hashlib
 import itertools
+import json
 import math
 import os
 import pickle
+import signal
 import struct
 import tarfile
 
@@ -53,6 +55,8 @@ METHODS = {
     "CReLU, all": BASE | dict(crelu=True, crelu_scope="all"),
     "PLASTIC": {},
     "released strides": dict(conv_strides=(3, 1, 1)),
+    "L2 Init, clipped": BASE | dict(l2_init=True, weight_clip=0.5),
+    "PLASTIC, L2 Init, clipped, tortoise": dict(l2_init=True, weight_clip=1, tortoise_interval=1),
 }
 
 
@@ -153,6 +157,11 @@ def test_no_images_and_no_download(tmp_path):
     with pytest.raises(SystemExit, match="pass --download, or another --data-dir"):
         synth.load_cifar10(make_args(tmp_path / "none", download=False))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_directory_of_the_files_itself_will_do(data_dir):
+    args = make_args(data_dir / "cifar-10-batches-py", download=False)
+    assert len(synth.load_cifar10(args)[0]) == 200
 
 
 def test_a_download_is_checked_and_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -273,8 +282,9 @@ def make_replicas(data_dir, **flags):
 
 def in_double(replicas):
     """In double precision no ReLU's input is on the other side of zero by a rounding error."""
-    for name in ("weights", "momentum"):
-        setattr(replicas, name, getattr(replicas, name).double())
+    for name in ("weights", "momentum", "initial", "slow", "clip_bounds"):
+        if getattr(replicas, name, None) is not None:
+            setattr(replicas, name, getattr(replicas, name).double())
     settings = torch.tensor(replicas.settings, dtype=torch.float64)
     settings = settings.repeat_interleave(len(replicas.seeds), 0)
     replicas.learning_rate, replicas.weight_decay = settings.split(1, dim=1)
@@ -288,9 +298,17 @@ def plain_loop(data_dir, args, seed, learning_rate, weight_decay, stage, num_upd
     images, labels, *_ = synth.load_cifar10(args)
     torch.manual_seed(seed)
     network = synth.Network(args).double()
+    initial, slow = copy.deepcopy(network), copy.deepcopy(network)
+    decay = 0.0 if args.l2_init else weight_decay
     optimizer = torch.optim.SGD(
-        network.parameters(), lr=learning_rate, momentum=args.momentum, weight_decay=weight_decay
+        network.parameters(), lr=learning_rate, momentum=args.momentum, weight_decay=decay
     )
+
+    def penalty():
+        pairs = zip(network.parameters(), initial.parameters(), strict=True)
+        moved = sum((w - w_0.detach()).square().sum() for w, w_0 in pairs)
+        return weight_decay / 2 * moved if args.l2_init else 0.0
+
     mean, std = (np.array(x).reshape(3, 1, 1) for x in (synth.MEAN, synth.STD))
     batches = synth.stage_batches(seed, stage, len(images), args)
     mapping = synth.stage_labels(seed, stage, args)
@@ -300,7 +318,7 @@ def plain_loop(data_dir, args, seed, learning_rate, weight_decay, stage, num_upd
         y = torch.from_numpy(mapping[labels[index]])
         optimizer.zero_grad()
         loss = F.cross_entropy(network(x), y)
-        loss.backward()
+        (loss + penalty()).backward()
         losses.append(loss.item())
         if args.sam_rho > 0:
             before = copy.deepcopy(network.state_dict())
@@ -309,10 +327,19 @@ def plain_loop(data_dir, args, seed, learning_rate, weight_decay, stage, num_upd
                 for w in network.parameters():
                     w += args.sam_rho * w.grad / norm
             optimizer.zero_grad()
-            F.cross_entropy(network(x), y).backward()
+            (F.cross_entropy(network(x), y) + penalty()).backward()
             network.load_state_dict(before)
         optimizer.step()
-    return network, losses
+        with torch.no_grad():
+            for module in network.modules():
+                if args.weight_clip > 0 and isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+                    bound = float(np.float32((module.weight.numel() / len(module.weight)) ** -0.5))
+                    bound *= args.weight_clip
+                    module.weight.clamp_(-bound, bound)
+                    module.bias.clamp_(-bound, bound)
+            for w_slow, w in zip(slow.parameters(), network.parameters(), strict=True):
+                w_slow.copy_(0.999 * w_slow + 0.001 * w)
+    return network, losses, slow
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -328,10 +355,13 @@ def test_every_replica_equals_a_plain_loop(data_dir, grouping, method, task):
         for weight_decay in (0.1, 0.0):
             for seed in (5, 6):
                 plain = plain_loop(data_dir, replicas.args, seed, learning_rate, weight_decay, 0, 4)
-                network, plain_losses = plain
+                network, plain_losses, slow = plain
                 np.testing.assert_allclose(losses[:, replica], plain_losses, rtol=1e-9)
                 w = torch.nn.utils.parameters_to_vector(network.parameters())
                 torch.testing.assert_close(replicas.weights[replica], w, rtol=1e-8, atol=1e-12)
+                if replicas.slow is not None:
+                    w = torch.nn.utils.parameters_to_vector(slow.parameters())
+                    torch.testing.assert_close(replicas.slow[replica], w, rtol=1e-8, atol=1e-12)
                 replica += 1
     assert replica == len(replicas.weights) == 8
 
@@ -394,6 +424,164 @@ def test_a_reset_renews_the_fully_connected_layers_and_their_momentum_only(data_
     weights = replicas.weights.clone()
     replicas.reset_heads(4)
     assert not torch.equal(replicas.weights, weights)  # another draw each time
+
+
+def test_shrink_and_perturb_moves_the_backbone_towards_one_fresh_draw(data_dir):
+    """Fast and slow weights alike, as the Atari script moves the online and the target network."""
+    flags = dict(shrink_perturb_alpha=0.6, tortoise_interval=9, learning_rate=(0.1, 0.01))
+    replicas = make_replicas(data_dir, **flags)
+    replicas.update()
+    before = {name: tensor.clone() for name, tensor in replicas.tensors().items()}
+    replicas.reset_heads(2)
+    head = replicas.head_start
+    assert torch.equal(replicas.slow[:, head:], replicas.weights[:, head:])
+    assert torch.equal(replicas.momentum[:, :head], before["momentum"][:, :head])
+    phis = []
+    for name in ("weights", "slow"):
+        moved = getattr(replicas, name) - 0.6 * before[name]
+        phis.append(moved[:, :head] / 0.4)
+    torch.testing.assert_close(phis[0], phis[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(phis[0][:2], phis[0][2:], rtol=1e-4, atol=1e-5)  # of each seed
+    first = phis[0][:, : 32 * 27]  # the first convolution: drawn uniformly up to 27 ** -0.5
+    assert 0.95 * 27**-0.5 < first.abs().max() < 1.001 * 27**-0.5
+    scale = slice(32 * 27 + 32, 32 * 27 + 64)  # its LayerNorm's
+    torch.testing.assert_close(phis[0][:, scale], torch.ones(4, 32), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="--shrink-perturb-alpha acts at resets"):
+        make_args(data_dir, shrink_perturb_alpha=0.6, reset_interval=0)
+
+
+@torch.no_grad()
+def recycled_by_hand(replicas, r, weights, momentum, fresh):
+    """What ReDo makes of replica r, unit by unit: its weights and momentum; how many dormant."""
+    network, fresh_network, moment = (synth.Network(replicas.args) for _ in range(3))
+    for module, vectors in ((network, weights), (fresh_network, fresh), (moment, momentum)):
+        torch.nn.utils.vector_to_parameters(vectors[r].clone(), module.parameters())
+    modules = {n: m for n, m in network.named_modules() if not list(m.children())}
+    x, changes = replicas.next_batch(slice(len(weights)))[0][r], []
+    names = list(modules)
+    for position, (name, module) in enumerate(modules.items()):
+        before, x = x, module(x)
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            layer = name
+        if not isinstance(module, torch.nn.ReLU | synth.CReLU):
+            continue
+        layers = (torch.nn.Conv2d, torch.nn.Linear)
+        following = next(n for n in names[position:] if isinstance(modules[n], layers))
+        between = [modules[n] for n in names[position : names.index(following)]]
+        h = before if isinstance(module, synth.CReLU) else x  # |x| is that of the pair x+, x-
+        score = h.abs().transpose(0, 1).flatten(1).mean(1)
+        for unit in (score <= replicas.args.redo_tau * score.mean()).nonzero().flatten().tolist():
+            # The inputs of the next layer that the unit reaches, alone, with either sign.
+            probe = torch.zeros_like(before[:2])
+            probe[0, unit], probe[1, unit] = 1.0, -1.0
+            for other in between:
+                probe = other(probe)
+            reached = probe.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
+            changes.append((layer, unit, following, reached))
+    for layer, unit, _, _ in changes:
+        network.get_submodule(layer).weight[unit] = fresh_network.get_submodule(layer).weight[unit]
+        network.get_submodule(layer).bias[unit] = 0
+        moment.get_submodule(layer).weight[unit] = moment.get_submodule(layer).bias[unit] = 0
+    for _, _, following, inputs in changes:
+        for module in (network, moment):
+            module.get_submodule(following).weight[:, inputs] = 0
+    to_vector = torch.nn.utils.parameters_to_vector
+    return to_vector(network.parameters()), to_vector(moment.parameters()), len(changes)
+
+
+@pytest.mark.parametrize("flags", [BASE, {}, dict(crelu_scope="all", conv_strides=(3, 1, 1))])
+def test_redo_renews_dormant_units_and_touches_nothing_else(data_dir, grouping, flags):
+    """Here a unit is dormant up to two thirds of its layer's mean, so that several are."""
+    flags = flags | dict(redo_interval=4, redo_tau=2 / 3, learning_rate=(0.1, 0.01))
+    replicas = make_replicas(data_dir, **flags)
+    for _ in range(3):
+        replicas.update()
+    replicas.weights[3] = math.nan
+    weights, momentum = replicas.weights.clone(), replicas.momentum.clone()
+    fresh = replicas.fresh_weights(synth.RECYCLED, 4)
+    replicas.recycle(4)
+    for r in range(3):
+        w, m, count = recycled_by_hand(replicas, r, weights, momentum, fresh)
+        assert count > 20
+        assert torch.equal(replicas.weights[r], w) and torch.equal(replicas.momentum[r], m)
+        assert not torch.equal(w, weights[r])
+    assert replicas.weights[3].isnan().all() and torch.equal(replicas.momentum[3], momentum[3])
+    assert not torch.equal(fresh, replicas.fresh_weights(synth.RECYCLED, 8))
+    assert not torch.equal(fresh[0], fresh[1]) and torch.equal(fresh[0], fresh[2])
+
+
+def test_hare_and_tortoise(data_dir, monkeypatch):
+    """Fast weights come back to the slow ones before stages 2 and 4, by which accuracy is measured."""
+    slow, came_back = [], []
+    evaluate, start_stage = synth.evaluate, synth.Replicas.start_stage
+
+    def at_the_end(replicas, stage):
+        slow.append(replicas.slow.clone())
+        return evaluate(replicas, stage)
+
+    def at_the_start(self, stage):
+        came_back.append(stage > 0 and torch.equal(self.weights, slow[-1]))
+        assert stage == 0 or torch.equal(self.slow, slow[-1])
+        start_stage(self, stage)
+
+    monkeypatch.setattr(synth, "evaluate", at_the_end)
+    monkeypatch.setattr(synth.Replicas, "start_stage", at_the_start)
+    synth.run(make_args(data_dir, num_stages=5, tortoise_interval=2, reset_interval=0))
+    assert came_back == [False, False, True, False, True]
+    monkeypatch.undo()
+    replicas = make_replicas(data_dir, tortoise_interval=2)
+    replicas.weights.normal_()
+    measured = synth.evaluate(replicas, 0)
+    replicas.weights.copy_(replicas.slow)
+    assert synth.evaluate(replicas, 0) == measured
+
+
+NEUTRAL = {
+    "redo": dict(redo_interval=1, redo_tau=0.0),  # with CReLU no unit is at 0 always
+    "clipping": dict(weight_clip=1e6),
+    "tortoise": dict(tortoise_interval=5),
+    "shrink": dict(shrink_perturb_alpha=1.0),
+}
+
+
+@pytest.mark.parametrize("kind", NEUTRAL)
+def test_a_later_method_with_nothing_to_do_leaves_every_weight_as_it_is(data_dir, kind):
+    ends = []
+    for flags in ({}, NEUTRAL[kind]):
+        replicas = make_replicas(data_dir, crelu_scope="all", **flags)
+        for step in (1, 2):
+            replicas.update()
+            if replicas.args.redo_interval:
+                replicas.recycle(step)
+        replicas.reset_heads(2)
+        ends.append((replicas.weights, replicas.momentum))
+    assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
+
+
+def test_all_later_methods_at_once_learn_and_continue_bit_for_bit(data_dir, monkeypatch):
+    flags = dict(redo_interval=5, redo_tau=0.3, l2_init=True, weight_clip=3.0, tortoise_interval=2)
+    flags |= dict(shrink_perturb_alpha=0.8, metrics_interval=4, resume=True, updates_per_stage=20)
+    flags |= dict(tortoise_ema=0.8, batch_size=32, learning_rate=(0.03,))
+    results, update = [], synth.Replicas.update
+
+    def stopped(self):
+        if int(self.updates) + 1 == 33:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self)
+
+    for name in ("whole", "broken"):
+        args = make_args(data_dir, exp_name=name, **flags)
+        if name == "broken":
+            monkeypatch.setattr(synth.Replicas, "update", stopped)
+            with pytest.raises(SystemExit):
+                synth.run(args)
+            monkeypatch.setattr(synth.Replicas, "update", update)
+        synth.run(args)
+        path = data_dir.parent / "runs" / f"input__{name}__1-2" / "result.json"
+        results.append(json.loads(path.read_text()))
+    assert results[1]["resumed_at"] == [33]
+    assert results[0]["sweep"] == results[1]["sweep"]
+    assert results[0]["final_accuracy_mean"] > 0.3
 
 
 def test_resets_come_every_so_many_stages_and_not_at_the_start(data_dir, monkeypatch):
