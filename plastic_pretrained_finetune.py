@@ -23,10 +23,10 @@ Reset†, which is a fresh head and an encoder pulled towards fresh weights:
 Read Agent.update first, which is Algorithm 1 on a frozen Backbone, then train, the loop around it.
 Agent.reset is Reset†: reset_head for the head, shrink_towards for the encoder. What is not about
 the encoder is as in the Atari script, word for word; make_backbone, that script's encoder, is here
-for --collect-model alone. For the pretraining, read pretraining_loss, after SimTPR's, then
-pretrain, the loop around it; read_videos has the data.
+for --collect-model alone. For the pretraining, read pretraining_loss, which is that of SimTPR's
+published code (github.com/dojeon-ai/SimTPR), then pretrain, the loop around it.
 Two clocks tick in train: steps of the environment (4 frames each) and gradient updates, which
-resets count. In pretrain: updates, and blocks of 20,000 frames of video, by which it logs.
+resets count. In pretrain: updates alone.
 
 Where it departs from the paper (README.md has the whole table):
 - The paper takes SimTPR's published encoder. Here it is one that --mode pretrain made, on random
@@ -52,7 +52,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
-from itertools import chain, islice, zip_longest
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, Literal, NamedTuple
@@ -91,7 +91,7 @@ class Args:
     cuda_graph: bool = True  # update and choice of an action as CUDA graphs (no effect on the CPU)
     torch_threads: int = 0  # PyTorch's CPU threads (0 = its own choice, at most 8)
     resume: bool = False  # continue an unfinished run, begin a new one, leave a finished one alone
-    # between checkpoints: steps, or blocks of video in pretraining (auto = 5 minutes, 0 = off)
+    # between checkpoints: steps, or updates in pretraining (auto = 5 minutes, 0 = off)
     checkpoint_interval: Literal["auto"] | int = "auto"
     overwrite: bool = False  # replace a run of the same name, finished or not
 
@@ -100,13 +100,14 @@ class Args:
     from_scratch: bool = False  # a random encoder (frozen, too, unless --no-freeze-backbone)
     freeze_backbone: bool = True  # train the head alone
 
-    # Pretraining
+    # Pretraining (as SimTPR has it, but for the recording)
     video_dir: str | None = None  # the DQN Replay dataset's files of the game (none = record some)
+    video_frames: int = 500_000  # frames of each of these files that are used, from its start
     collect_steps: int = 100_000  # steps to record, one frame of each
     # who plays what is recorded: checkpoint = --collect-model, with 1% random actions
     collect_policy: Literal["random", "checkpoint"] = "random"
     collect_model: str | None = None  # a model that plastic_drq_rainbow_atari.py saved
-    pretrain_epochs: int = 10  # passes over the videos
+    pretrain_epochs: float = 10.0  # passes over all sequences; 0.5 = half of them
     pretrain_batch_size: int = 64  # sequences per update
     pretrain_length: int = 11  # stacks of frames per sequence
     pretrain_learning_rate: float = 3e-4  # of AdamW
@@ -153,7 +154,7 @@ class Args:
     eval_epsilon: float = 0.001  # share of random actions in an evaluation
     eval_interval: int = 0  # steps between evaluations (0 = only at the end)
     metrics_interval: int = 0  # steps between plasticity metrics (0 = off)
-    log_interval: int = 500  # steps between logged losses
+    log_interval: int = 500  # steps between logged losses, or updates in pretraining
     capture_video: bool = False  # save the first game of the last evaluation as a GIF
     save_model: bool = False  # save the target network at the end
     evaluate: str | None = None  # a saved model: play its game with its seed, train nothing
@@ -172,10 +173,12 @@ class Args:
             (0, 200_000, "seed"),  # EnvPool's have 31 bits, and an evaluation's are 10,000 times it
             (0, huge, "noisy_std per_alpha aug_shift aug_intensity sam_rho reset_interval"),
             (0, huge, "barlow_weight checkpoint_interval eval_interval metrics_interval"),
-            (tiny, huge, "learning_rate adam_eps max_grad_norm pretrain_learning_rate"),
+            (tiny, huge, "learning_rate adam_eps max_grad_norm"),
+            (tiny, huge, "pretrain_learning_rate pretrain_epochs"),
             (1, huge, "replay_ratio batch_size n_step hidden_dim eval_episodes log_interval"),
-            (1, huge, "total_timesteps collect_steps pretrain_epochs"),
-            (2, huge, "n_atoms pretrain_batch_size pretrain_length"),
+            (1, huge, "total_timesteps collect_steps video_frames"),
+            (2, huge, "n_atoms pretrain_batch_size"),
+            (3, huge, "pretrain_length"),  # two predictions, for a standard deviation over them
         ):
             for name in names.split():
                 flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
@@ -229,9 +232,9 @@ class Args:
                 raise ValueError("--collect-policy checkpoint and --collect-model FILE go together")
             if video is not None and player is not None:
                 raise ValueError("--video-dir or --collect-model: videos are read, or recorded")
-            batch = self.pretrain_batch_size * self.video_length
+            batch = self.pretrain_batch_size + self.video_length - 1
             if video is None and self.collect_steps < batch:
-                raise ValueError(f"--collect-steps: one batch of sequences has {batch:,} frames")
+                raise ValueError(f"--collect-steps: one batch of sequences takes {batch:,} frames")
         if self.resume:  # a finished run, which is left alone, needs no file
             return
         for flag, file in (("--pretrained-path", encoder), ("--collect-model", player)):
@@ -424,13 +427,13 @@ class InvertedResidual(nn.Module):
             self.down = DownConv(in_channels, out_channels, stride, stride)
         self.layers = nn.Sequential(
             ResidualConv(in_channels, hidden, 1),
-            nn.BatchNorm2d(hidden),
+            nn.BatchNorm2d(hidden, momentum=0.01),
             nn.ReLU(),
             ResidualConv(hidden, hidden, 3, stride, padding=1, groups=hidden),
-            nn.BatchNorm2d(hidden),
+            nn.BatchNorm2d(hidden, momentum=0.01),
             nn.ReLU(),
             ResidualConv(hidden, out_channels, 1),
-            ZeroBatchNorm(out_channels),
+            ZeroBatchNorm(out_channels, momentum=0.01),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1158,9 +1161,8 @@ class PretrainingCounters:
     """The same of a pretraining."""
 
     frames: int = 0  # of its videos
-    blocks: int = 0  # of video, up to the one that the newest update was on
     gradient_updates: int = 0
-    final_loss: float = 0.0  # mean over this block's updates so far
+    final_loss: float = 0.0  # mean over the updates of the newest log interval
     wall_clock_seconds: float = 0.0
     resumed_at: list[int] = field(default_factory=list)  # updates after which it was continued
     git_commit: str | None = None  # of the newest process
@@ -1233,7 +1235,7 @@ def positions(length: int, width: int, device: torch.device) -> Tensor:
     """Sinusoidal positions (Vaswani et al., 2017, section 3.5): [length, width]."""
     frequencies = 10_000 ** (-torch.arange(0, width, 2, device=device) / width)
     angles = torch.arange(length, device=device)[:, None] * frequencies
-    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)  # sin, cos, sin, cos, ...
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class SimTPR(nn.Module):
@@ -1245,22 +1247,34 @@ class SimTPR(nn.Module):
     def __init__(self, width: int = 512, layers: int = 2, heads: int = 8) -> None:
         super().__init__()
         self.backbone = Backbone()
-        self.projector = nn.Sequential(nn.Linear(3136, width), nn.ReLU(), nn.Linear(width, width))
         # fmt: off
+        self.projector = nn.Sequential(
+            nn.Linear(3136, width, bias=False), nn.ReLU(), nn.Linear(width, width)
+        )
         layer = nn.TransformerEncoderLayer(
             width, heads, dim_feedforward=4 * width, dropout=0.0, activation="gelu",
             batch_first=True, norm_first=True,
         )
-        # fmt: on
+        layer.self_attn.in_proj_bias = None  # queries, keys and values have none
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.predictor = nn.Sequential(
-            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)
+            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
+            nn.Linear(width, width),
         )
+        # fmt: on
+        # SimTPR's first weights. The transformer's layers are copies: here each gets its own.
+        for w in (self.projector[-1].weight, self.predictor[-1].weight):
+            nn.init.normal_(w, std=0.02)
+        for name, w in self.transformer.named_parameters():
+            if w.dim() == 2:
+                nn.init.normal_(w, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(w)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Stacks in [0, 1] [N, T, 4, 84, 84] -> projections [N, T, D], predictions [N, T - 1, D].
+        """Stacks in [0, 1] [N, T, 4, 84, 84] -> projections and predictions, both [N, T - 1, D].
 
-        Prediction t is of projection t + 1, from the projections up to t.
+        Of all stacks but the first; each is predicted from the projections before it.
         """
         num, length = images.shape[:2]
         features = self.backbone(images.flatten(0, 1))
@@ -1269,15 +1283,15 @@ class SimTPR(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(length - 1, device=images.device)
         context = self.transformer(past, mask=mask, is_causal=True)
         predictions = self.predictor(context.flatten(0, 1)).unflatten(0, (num, length - 1))
-        return projections, predictions
+        return projections[:, 1:], predictions
 
 
 def prediction_loss(predictions: Tensor, projections: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos(prediction, projection): [N, T - 1, D], [N, T, D] -> scalar.
+    """Mean of 2 - 2 cos(prediction, projection): [N, T, D] x 2 -> scalar.
 
     The projections take no gradient.
     """
-    return (2 - 2 * F.cosine_similarity(predictions, projections[:, 1:].detach(), dim=-1)).mean()
+    return (2 - 2 * F.cosine_similarity(predictions, projections.detach(), dim=-1)).mean()
 
 
 def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) -> Tensor:
@@ -1289,7 +1303,7 @@ def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) 
 
     def standardise(z: Tensor) -> Tensor:
         z = F.normalize(z.flatten(0, 1), dim=1)
-        return (z - z.mean(0)) / (z.std(0, correction=0) + 1e-6)
+        return (z - z.mean(0)) / z.std(0).clamp(min=1e-6)
 
     correlation = standardise(one).T @ standardise(other) / one[..., 0].numel()  # [D, D]
     diagonal = correlation.diagonal()
@@ -1297,27 +1311,40 @@ def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) 
     return (diagonal - 1).square().sum() + off_diagonal_weight * off_diagonal
 
 
-def pretraining_loss(network: SimTPR, frames: Tensor, args: Args, generator: Generator) -> Tensor:
-    """SimTPR's loss of videos, uint8 [N, T + 3, 84, 84], of T stacks each.
+def keep_stacks(terminals: Tensor) -> Tensor:
+    """Which stacks of a sequence SimTPR keeps; the others are black: bool [N, T + 3] -> [N, T].
 
-    Two augmented views; each predicts the other's next projections. The frames stand where
-    augment() has channels: one draw per video.
+    Where an episode ends in a stack's newest frame, those before it go: of stacks that end
+    0 0 1 0 0, it keeps 0 0 1 1 1, and the last ones show both episodes.
     """
-    views = []
-    for _ in range(2):
-        images = augment(frames, args.aug_shift, args.aug_intensity, generator)
-        stacks = images.unfold(1, FRAME_STACK, 1).permute(0, 1, 4, 2, 3)  # [N, T, 4, 84, 84]
-        views.append(network(stacks))
-    (one, from_one), (other, from_other) = views
+    ends = terminals[:, FRAME_STACK - 1 :]
+    numbers = torch.arange(ends.shape[1], device=ends.device)
+    return numbers >= (ends * numbers).amax(1, keepdim=True)
+
+
+def pretraining_loss(
+    network: SimTPR, frames: Tensor, terminals: Tensor, args: Args, generator: Generator
+) -> Tensor:
+    """SimTPR's loss of sequences, uint8 [N, T + 3, 84, 84], of T stacks each.
+
+    Two augmented views, in one batch; each predicts the other's next projections. The frames stand
+    where augment() has channels: one draw per sequence. terminals, bool [N, T + 3]: their ends.
+    """
+    views = [augment(frames, args.aug_shift, args.aug_intensity, generator) for _ in range(2)]
+    stacks = torch.cat(views).unfold(1, FRAME_STACK, 1).permute(0, 1, 4, 2, 3)  # [2N, T, 4, 84, 84]
+    stacks = stacks * keep_stacks(terminals).repeat(2, 1)[:, :, None, None, None]
+    projections, predictions = network(stacks)
+    one, other = projections.chunk(2)
+    from_one, from_other = predictions.chunk(2)
     prediction = (prediction_loss(from_one, other) + prediction_loss(from_other, one)) / 2
     return prediction + args.barlow_weight * barlow_loss(one, other)
 
 
 def pretrain_update(
-    network: SimTPR, optimizer: torch.optim.AdamW, frames: Tensor, args: Args, generator: Generator
+    network: SimTPR, optimizer: torch.optim.AdamW, batch: tuple, args: Args, generator: Generator
 ) -> dict[str, Tensor]:
-    """One gradient update on videos, uint8 [N, T + 3, 84, 84]. Returns scalars to log."""
-    loss = pretraining_loss(network, frames, args, generator)
+    """One gradient update on frames and terminals of sequences. Returns scalars to log."""
+    loss = pretraining_loss(network, *batch, args, generator)
     optimizer.zero_grad()
     loss.backward()
     gradient_norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)  # as in SimTPR
@@ -1328,7 +1355,8 @@ def pretrain_update(
 def make_simtpr(args: Args) -> tuple[SimTPR, torch.optim.AdamW, Generator, dict[str, Tensor]]:
     """The network, its optimizer, the augmentation's generator, and what a checkpoint holds."""
     torch.manual_seed(args.seed)  # initial weights
-    network = SimTPR().to(args.device, memory_format=torch.channels_last)
+    # Not channels last: BatchNorm's sums would lose most digits there, on a CPU.
+    network = SimTPR().to(args.device)
     options = dict(betas=(0.9, 0.95), eps=1.5e-4, weight_decay=1e-5, fused=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, **options)
     # AdamW makes its state in its first step: take one that changes nothing, so that a checkpoint
@@ -1347,7 +1375,13 @@ def make_simtpr(args: Args) -> tuple[SimTPR, torch.optim.AdamW, Generator, dict[
 # --- Videos ---------------------------------------------------------------------------------------
 
 RECORDED = ("observation_1_0.gz", "terminal_1_0.gz")  # what record() writes
-BLOCK_FRAMES = 20_000  # of the videos in memory at a time: 141 MB
+
+
+class Video(NamedTuple):
+    """In memory: 7 kB a frame."""
+
+    frames: np.ndarray  # uint8 [n, 84, 84]
+    terminals: np.ndarray  # bool [n]; an episode's last frame
 
 
 def video_files(directory: Path) -> list[tuple[Path, Path]]:
@@ -1360,90 +1394,62 @@ def video_files(directory: Path) -> list[tuple[Path, Path]]:
     return [(path, path.with_name(path.name.replace("observation", "terminal"))) for path in files]
 
 
-@contextmanager
-def open_array(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
-    """A gzip file in which numpy.save wrote bytes: past its header, and the array's shape.
+def read_array(path: Path) -> np.ndarray:
+    """The array of bytes that numpy.save wrote into a gzip file.
 
-    What is wrong with the file, here or in the block, ends the script with one line.
+    What is wrong with the file ends the script with one line.
     """
     try:
         with gzip.open(path) as file:
-            np.lib.format.read_magic(file)
-            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-            if dtype.itemsize != 1 or by_columns:
-                raise ValueError(f"holds {dtype}, not uint8, or by columns")
-            yield file, shape
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            file.read(1)  # at its end, gzip compares the checksum
+        if array.dtype.itemsize != 1:
+            raise ValueError(f"holds {array.dtype}, not uint8")
+        return array.view(np.uint8)
     except Exception as error:  # a foreign file can raise anything
         sys.exit(f"error: {path}: {' '.join(str(error).split())}")
 
 
-def count_frames(files: list[tuple[Path, Path]]) -> int:
-    """Number of frames in all files, by their headers."""
-    total = 0
+def read_videos(files: list[tuple[Path, Path]], num_frames: int) -> list[Video]:
+    """Of each pair of files, the first num_frames frames or as many as there are."""
+    videos = []
     for observations, terminals in files:
-        with open_array(observations) as (_, shape), open_array(terminals) as (_, length):
-            if shape != (*length, 84, 84):
-                sys.exit(f"error: {terminals}: has shape {length}, its observations {shape}")
-            total += shape[0]
-    return total
+        frames, ends = read_array(observations), read_array(terminals)
+        if frames.shape != (*ends.shape, 84, 84):
+            sys.exit(f"error: {terminals}: has shape {ends.shape}, its observations {frames.shape}")
+        if len(frames) > num_frames:
+            frames = frames[:num_frames].copy()  # so that the rest is freed
+        videos.append(Video(frames, ends[:num_frames] > 0))
+    return videos
 
 
-def read_array(path: Path, block: int) -> Iterator[np.ndarray]:
-    """The array uint8 [num, ...] of a gzip file in blocks [n, ...], n <= block."""
-    with open_array(path) as (file, (num, *shape)):
-        for start in range(0, num, block):
-            size = min(block, num - start) * math.prod(shape)
-            content = file.read(size)
-            if len(content) < size:
-                raise EOFError("ends before its last frame")
-            yield np.frombuffer(content, np.uint8).reshape(-1, *shape)
-        file.read(1)  # at its end, gzip compares the checksum
+def every_start(videos: list[Video], length: int) -> np.ndarray:
+    """Where a sequence of `length` frames can begin, as (video, frame): int64 [n, 2].
 
-
-def read_videos(
-    files: list[tuple[Path, Path]], block: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of frames uint8 [n, 84, 84] and terminals bool [n], n <= block, of every file some.
-
-    So no file's frames are the last ones that the network and its BatchNorm see. Of files with 25
-    and 40 frames, blocks of 16 have 8 of each, three times; then 1 and 8; then 8 of the longer one.
+    Anywhere, also where an episode ends inside: 20,000 frames make 19,987 sequences of 14.
     """
-    share = max(block // len(files), 1)
-    readers = [zip(*(read_array(path, share) for path in pair), strict=True) for pair in files]
-    for pieces in zip_longest(*readers):
-        frames, terminals = zip(*[piece for piece in pieces if piece is not None], strict=True)
-        # A piece's last frame counts as terminal: what comes next is another file's.
-        terminals = [np.append(ends[:-1] > 0, True) for ends in terminals]
-        yield np.concatenate(frames), np.concatenate(terminals)
+    firsts = [np.arange(max(len(video.frames) - length + 1, 0)) for video in videos]
+    numbers = np.repeat(np.arange(len(videos)), [len(first) for first in firsts])
+    return np.stack([numbers, np.concatenate(firsts)], axis=1)
 
 
-def draw_videos(terminals: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Starts of as many videos of `length` frames as the frames make, at random: int64 [n].
+def draw_starts(starts: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches [N, 2] of epoch after epoch, each in an order of its own; the same at each call.
 
-    None goes on after an episode's end: with terminals 0, 0, 1, 0, 0, 0 and length 3, starts are 0
-    (the last frame may be an episode's last) and 3.
+    An epoch's last batch may be smaller: every start comes once.
     """
-    ends = np.concatenate([[0], np.cumsum(terminals)])  # before each frame
-    starts = np.arange(max(len(terminals) - length + 1, 0))
-    inside = starts[ends[starts + length - 1] == ends[starts]]
-    return rng.permutation(inside)[: len(terminals) // length]
+    for epoch in count():
+        order = np.random.default_rng([seed, epoch]).permutation(starts)
+        yield from np.split(order, range(batch_size, len(order), batch_size))
 
 
-def video_batches(
-    files: list[tuple[Path, Path]], args: Args
-) -> Iterator[tuple[int, int, int, np.ndarray]]:
-    """All of a pretraining's batches of videos, uint8 [N, T + 3, 84, 84], the same at each call.
-
-    With each: the number of its block, its own within the block, and how many the block has.
-    """
-    length, batch_size = args.video_length, args.pretrain_batch_size
-    epochs = (read_videos(files, BLOCK_FRAMES) for _ in range(args.pretrain_epochs))
-    for block, (frames, terminals) in enumerate(chain.from_iterable(epochs)):
-        starts = draw_videos(terminals, length, np.random.default_rng([args.seed, block]))
-        num_batches = len(starts) // batch_size
-        for i in range(num_batches):
-            index = starts[i * batch_size : (i + 1) * batch_size, None] + np.arange(length)
-            yield block + 1, i + 1, num_batches, frames[index]
+def cut_sequences(videos: list[Video], starts: np.ndarray, args: Args) -> tuple[Tensor, Tensor]:
+    """Frames uint8 [N, T + 3, 84, 84] and terminals bool [N, T + 3] of the sequences from there."""
+    length, parts = args.video_length, []
+    for number, start in starts:
+        parts.append([half[start : start + length] for half in videos[number]])
+    frames, terminals = (torch.from_numpy(np.stack(half)) for half in zip(*parts, strict=True))
+    return frames.to(args.device), terminals.to(args.device)
 
 
 def load_player(path: str, env_id: str) -> QNetwork:
@@ -1747,10 +1753,8 @@ def finish_pretraining(
     print(f"{args.env_id}: loss {loss:.3f} after {updates:,} updates; {model_path}")
 
 
-def prepare_videos(
-    args: Args, run_dir: Path, counters: PretrainingCounters
-) -> list[tuple[Path, Path]]:
-    """The files of the videos to learn from: those of --video-dir, or recorded ones.
+def prepare_videos(args: Args, run_dir: Path, counters: PretrainingCounters) -> list[Video]:
+    """The videos to learn from: those of --video-dir, or a recorded one.
 
     A recording is used where a checkpoint vouches for it, and else made anew: the same flags make
     the same bytes. A continued run must find as many frames as it had before.
@@ -1763,14 +1767,15 @@ def prepare_videos(
         if counters.frames == 0 or not all(path.exists() for path in recording):
             model = args.collect_model
             record(run_dir, None if model is None else load_player(model, args.env_id), args)
-    num_frames, directory = count_frames(files), args.video_dir or run_dir
-    expected = counters.frames or (num_frames if args.video_dir else args.collect_steps)
-    if num_frames != expected:
-        sys.exit(f"error: {directory}: videos of {num_frames:,} frames, not {expected:,}")
-    if num_frames < args.pretrain_batch_size * args.video_length:
-        sys.exit(f"error: {directory}: videos of {num_frames:,} frames make no batch of sequences")
-    counters.frames = num_frames
-    return files
+    videos = read_videos(files, args.video_frames if args.video_dir else args.collect_steps)
+    directory, before = args.video_dir or run_dir, counters.frames
+    lengths = [len(video.frames) for video in videos]
+    counters.frames = sum(lengths)
+    if before not in (0, counters.frames):
+        sys.exit(f"error: {directory}: videos of {counters.frames:,} frames, not {before:,}")
+    if max(lengths, default=0) < args.video_length:
+        sys.exit(f"error: {directory}: no video of {args.video_length} frames")
+    return videos
 
 
 def pretrain(args: Args, run_dir: Path) -> None:
@@ -1782,43 +1787,38 @@ def pretrain(args: Args, run_dir: Path) -> None:
         load_checkpoint(checkpoint_path, args, counters, generators, tensors)
         counters.resumed_at.append(counters.gradient_updates)
     counters.git_commit = git_commit()
-    files = prepare_videos(args, run_dir, counters)
-    batches = islice(video_batches(files, args), counters.gradient_updates, None)
-    first = list(islice(batches, 1))  # read here, so that spoilt videos replace no old run
-    if not first and counters.gradient_updates == 0:
-        sys.exit("error: the videos' episodes make no batch of sequences; lower --pretrain-length")
+    videos = prepare_videos(args, run_dir, counters)
+    starts, batch_size = every_start(videos, args.video_length), args.pretrain_batch_size
+    total = max(round(args.pretrain_epochs * math.ceil(len(starts) / batch_size)), 1)
 
     if args.overwrite:  # now that nothing more can keep the new run from beginning
         remove_old_files(run_dir)
     # purge_step hides from readers what a killed process logged after its last checkpoint.
     writer = SummaryWriter(str(run_dir), purge_step=counters.gradient_updates + 1)
     size = f"encoder of {sum(w.numel() for w in network.backbone.parameters()):,} parameters"
-    size += f", {counters.frames:,} frames of video, on {device_name(args)}"
+    size += f", {counters.frames:,} frames of video, {total:,} updates, on {device_name(args)}"
     print(f"{run_dir}: {size}, from update {counters.gradient_updates}", file=sys.stderr)
     start_time = time.perf_counter() - counters.wall_clock_seconds
     checkpoint_time = time.perf_counter()
     stop_signals = catch_stop_signals()
-    # At most: what is left of a block makes no batch.
-    total = args.pretrain_epochs * counters.frames // (args.pretrain_batch_size * args.video_length)
-    batches = chain(first, batches)
+    batches = islice(draw_starts(starts, batch_size, args.seed), counters.gradient_updates, total)
     progress = tqdm(batches, args.env_id, total, initial=counters.gradient_updates, disable=None)
-    for block, number, num_batches, videos in progress:
-        counters.blocks = block
+    for chosen in progress:
         counters.gradient_updates += 1
         update = counters.gradient_updates
 
         # Learn
-        frames = torch.from_numpy(videos).to(args.device)
-        losses = pretrain_update(network, optimizer, frames, args, generator)
+        batch = cut_sequences(videos, chosen, args)
+        losses = pretrain_update(network, optimizer, batch, args, generator)
         for name, value in losses.items():
             if not math.isfinite(value):
                 advice = "lower --pretrain-learning-rate"
                 sys.exit(f"error: update {update}: {name} is not finite; {advice}")
 
-        # Log: of each block, the mean loss
-        before = counters.final_loss * (number - 1)
-        counters.final_loss = (before + float(losses["loss"])) / number
-        if number == num_batches:
+        # Log: the mean loss since the last time
+        number = (update - 1) % args.log_interval + 1
+        counters.final_loss += (float(losses["loss"]) - counters.final_loss) / number
+        if number == args.log_interval or update == total:
             writer.add_scalar("losses/pretraining", counters.final_loss, update)
 
         # Checkpoint
@@ -1826,7 +1826,7 @@ def pretrain(args: Args, run_dir: Path) -> None:
         if args.checkpoint_interval == "auto":
             checkpoint_due = time.perf_counter() - checkpoint_time >= 300
         else:
-            checkpoint_due = number == num_batches and due(args.checkpoint_interval, block)
+            checkpoint_due = due(args.checkpoint_interval, update)
         if args.checkpoint_interval != 0 and (checkpoint_due or stopping):
             writer.flush()
             counters.wall_clock_seconds = time.perf_counter() - start_time

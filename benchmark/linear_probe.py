@@ -100,12 +100,13 @@ def encode(encoder: torch.nn.Module, stacks: Tensor) -> np.ndarray:
 @torch.no_grad()
 def random_blocks(encoder: torch.nn.Module, stacks: Tensor) -> torch.nn.Module:
     """The same untrained encoder, not linear: scales of 1, and BatchNorm's statistics those of about 2,000 stacks."""
-    encoder = copy.deepcopy(encoder).train()
+    # Not channels last: BatchNorm's sums would lose most digits there, on a CPU.
+    encoder = copy.deepcopy(encoder).train().to(memory_format=torch.contiguous_format)
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
             torch.nn.init.ones_(module.weight)
-    encoder(script.to_images(stacks[:: max(len(stacks) // 2000, 1)]))
+    encoder(script.to_images(stacks[:: max(len(stacks) // 2000, 1)]).contiguous())
     return encoder
 
 

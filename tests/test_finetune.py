@@ -2,6 +2,8 @@
 
 import copy
 import gzip
+import math
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -274,29 +276,24 @@ def test_sharpness_is_over_what_is_trained():
 
 def test_the_losses_against_slow_ones():
     generator = torch.Generator().manual_seed(0)
-    predictions = torch.randn(3, 4, 6, generator=generator)
-    one, other = torch.randn(2, 3, 5, 6, generator=generator)
+    predictions, one, other = torch.randn(3, 3, 5, 6, generator=generator)
     slow = 0.0
-    for n in range(3):
-        for t in range(4):
-            p, z = predictions[n, t], one[n, t + 1]
-            slow += (2 - 2 * float(p @ z) / float(p.norm() * z.norm())) / 12
+    for p, z in zip(predictions.view(15, 6), one.view(15, 6), strict=True):
+        slow += (2 - 2 * float(p @ z) / float(p.norm() * z.norm())) / 15
     assert ft.prediction_loss(predictions, one).item() == pytest.approx(slow, rel=1e-5)
-    columns = []
-    for z in (one, other):
-        rows = np.array([row / np.linalg.norm(row) for row in z.reshape(15, 6).numpy()])
-        columns.append((rows - rows.mean(0)) / rows.std(0))
-    slow = 0.0
-    for i in range(6):
-        for j in range(6):
-            correlation = sum(columns[0][b, i] * columns[1][b, j] for b in range(15)) / 15
-            slow += (correlation - 1) ** 2 if i == j else 0.005 * correlation**2
-    assert ft.barlow_loss(one, other).item() == pytest.approx(slow, rel=1e-4)
+    one, other = (z.view(15, 6) / z.view(15, 6).norm(dim=1, keepdim=True) for z in (one, other))
+    # Standard deviations are over 14, the mean of the products over 15.
+    correlation = 14 / 15 * np.corrcoef(one.T, other.T)[:6, 6:]
+    weights = np.where(np.eye(6), 1, 0.005)
+    slow = (weights * (correlation - np.eye(6)) ** 2).sum()
+    lengths = torch.rand(15, 1, generator=generator) + 0.5  # normalised away
+    loss = ft.barlow_loss((lengths * one).view(3, 5, 6), other.view(3, 5, 6))
+    assert loss.item() == pytest.approx(slow, rel=1e-5)
 
 
 def test_targets_take_no_gradient():
     predictions = torch.randn(2, 3, 4, requires_grad=True)
-    projections = torch.randn(2, 4, 4, requires_grad=True)
+    projections = torch.randn(2, 3, 4, requires_grad=True)
     ft.prediction_loss(predictions, projections).backward()
     assert predictions.grad.any() and projections.grad is None
 
@@ -314,11 +311,8 @@ def test_the_future_changes_no_prediction_before_it_and_the_past_does():
 
 
 def test_positions_by_their_formula():
-    def position(t, i):
-        angle = t / 10_000 ** (2 * (i // 2) / 8)
-        return np.cos(angle) if i % 2 else np.sin(angle)
-
-    expected = [[position(t, i) for i in range(8)] for t in range(5)]
+    angles = [[t / 10_000 ** (2 * i / 8) for i in range(4)] for t in range(5)]
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     positions = ft.positions(5, 8, torch.device("cpu")).numpy()
     np.testing.assert_allclose(positions, expected, atol=1e-6)
 
@@ -328,24 +322,105 @@ def random_videos(num, length):
     return torch.randint(256, (num, length, 84, 84), dtype=torch.uint8, generator=generator)
 
 
+def no_ends(frames):
+    return torch.zeros(frames.shape[:2], dtype=torch.bool)
+
+
 def test_each_view_predicts_the_others_projections():
     torch.manual_seed(0)
     network, args = ft.SimTPR(width=16, heads=2).eval(), pretrain_args()
-    frames = random_videos(2, 6)
-    loss = ft.pretraining_loss(network, frames, args, torch.Generator().manual_seed(2))
+    frames = random_videos(2, 7)
+    generator = torch.Generator().manual_seed(2)
+    loss = ft.pretraining_loss(network, frames, no_ends(frames), args, generator)
     generator = torch.Generator().manual_seed(2)
     views = [ft.augment(frames, args.aug_shift, args.aug_intensity, generator) for _ in range(2)]
-    stacks = [torch.stack([view[:, t : t + 4] for t in range(3)], dim=1) for view in views]
+    stacks = [torch.stack([view[:, t : t + 4] for t in range(4)], dim=1) for view in views]
     (one, from_one), (other, from_other) = (network(stack) for stack in stacks)
+    features = network.backbone(stacks[0].flatten(0, 1))
+    assert torch.allclose(one, network.projector(features).view(2, 4, 16)[:, 1:], atol=1e-6)
 
     def distance(prediction, projection):
-        pairs = zip(prediction.reshape(-1, 16), projection[:, 1:].reshape(-1, 16), strict=True)
+        pairs = zip(prediction.reshape(-1, 16), projection.reshape(-1, 16), strict=True)
         return torch.stack([(p / p.norm() - z / z.norm()).square().sum() for p, z in pairs]).mean()
 
     expected = (distance(from_one, other) + distance(from_other, one)) / 2
     expected += 0.01 * ft.barlow_loss(one, other)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert abs(distance(from_one, one) - distance(from_one, other)) > 1e-3
+
+
+def test_both_views_share_the_statistics_of_one_batch():
+    """Of which the encoder's keep a hundredth: to six digits, also before a plain background."""
+    args = pretrain_args()
+    network = ft.make_simtpr(args)[0]
+    frames = random_videos(2, 6)
+    frames[..., 10:, :] = 87
+    generator = torch.Generator().manual_seed(2)
+    views = [ft.augment(frames, args.aug_shift, args.aug_intensity, generator) for _ in range(2)]
+    stacks = torch.cat([view[:, t : t + 4] for view in views for t in range(3)])
+    hidden = network.backbone.layers[0].layers[0](stacks).double().transpose(0, 1).flatten(1)
+    generator = torch.Generator().manual_seed(2)
+    ft.pretraining_loss(network, frames, no_ends(frames), args, generator)
+    norm = network.backbone.layers[0].layers[1]
+    torch.testing.assert_close(norm.running_mean, 0.01 * hidden.mean(1).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm.running_var, 0.99 + 0.01 * hidden.var(1).float())
+    kinds = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)
+    norms = [module for module in network.modules() if isinstance(module, kinds)]
+    assert [norm.num_batches_tracked.item() for norm in norms] == 28 * [1]
+    assert {norm.momentum for norm in norms[:-1]} == {0.01} and norms[-1].momentum == 0.1
+
+
+class Eye(torch.nn.Module):
+    """Remembers the stacks that it is shown."""
+
+    def forward(self, images):
+        self.seen = (images * 255).round().long()
+        return torch.randn(2, len(images), images.shape[1] - 1, 8)
+
+
+def test_before_an_episodes_last_stack_all_is_black():
+    """Of sequences of seven frames, thus four stacks: five cases by hand."""
+    cases = {  # frames that end an episode: the stacks that stay
+        (): [0, 1, 2, 3],
+        (2,): [0, 1, 2, 3],  # in the first stack, but not its newest frame
+        (3,): [0, 1, 2, 3],
+        (5,): [2, 3],
+        (3, 6): [3],
+    }
+    frames, ends = random_videos(5, 7).clamp(min=1), torch.zeros(5, 7, dtype=torch.bool)
+    for number, case in enumerate(cases):
+        ends[number, list(case)] = True
+    eye, args = Eye(), pretrain_args(aug_shift=0, aug_intensity=0.0)
+    ft.pretraining_loss(eye, frames, ends, args, torch.Generator().manual_seed(0))
+    for number, kept in enumerate([*cases.values()] * 2):  # two views
+        for t in range(4):
+            expected = frames[number % 5, t : t + 4] if t in kept else torch.zeros(4, 84, 84)
+            assert torch.equal(eye.seen[number, t], expected.long()), (number, t)
+
+
+def test_the_first_weights_are_those_of_simtpr():
+    torch.manual_seed(0)
+    weights = dict(ft.SimTPR().named_parameters())
+    for name, w in weights.items():
+        part, last = name.split(".")[0], name.endswith(("1.2.weight", "r.2.weight", "r.3.weight"))
+        if part == "backbone":
+            continue
+        if "norm" in name or name.startswith("predictor.1"):
+            assert (w == (1 if name.endswith("weight") else 0)).all(), name
+        elif w.dim() == 2 and (part == "transformer" or last):
+            assert w.std().item() == pytest.approx(0.02, rel=0.01), name
+            assert abs(w.mean().item()) < 1e-4, name
+        elif part == "transformer":
+            assert not w.any(), name
+        else:  # as PyTorch has them
+            bound = (3136 if name == "projector.0.weight" else 512) ** -0.5
+            assert 0.99 * bound < w.abs().max().item() <= bound, name
+    unbiased = ["projector.0", "predictor.0"]
+    assert not {f"{name}.bias" for name in unbiased} & set(weights)
+    assert not [name for name in weights if name.endswith("in_proj_bias")]
+    matrices = [w for w in weights.values() if w.dim() == 2]
+    same = [a.shape == b.shape and torch.equal(a, b) for a in matrices for b in matrices]
+    assert sum(same) == len(matrices) == 12  # each only itself
 
 
 def test_an_update_of_the_pretraining_clips_and_steps():
@@ -355,8 +430,8 @@ def test_an_update_of_the_pretraining_clips_and_steps():
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     for w in network.parameters():
         w.grad = torch.full_like(w, 1e6)  # of an update before, to be forgotten
-    generator = torch.Generator().manual_seed(2)
-    ft.pretrain_update(network, optimizer, random_videos(2, 6), args, generator)
+    generator, frames = torch.Generator().manual_seed(2), random_videos(2, 6)
+    ft.pretrain_update(network, optimizer, (frames, no_ends(frames)), args, generator)
     pairs = zip(before, network.parameters(), strict=True)
     step = torch.cat([(old - w.detach()).flatten() for old, w in pairs])
     assert step.norm().item() == pytest.approx(0.5, rel=1e-3)
@@ -366,17 +441,17 @@ def test_the_pretraining_loss_is_symmetric_and_learns():
     torch.manual_seed(0)
     args = pretrain_args(aug_shift=0, aug_intensity=0.0, barlow_weight=0.5)
     network, frames = ft.SimTPR(width=32), random_videos(3, 7)
-    generator = torch.Generator().manual_seed(0)
+    ends, generator = no_ends(frames), torch.Generator().manual_seed(0)
     stacks = torch.stack([frames[:, t : t + 4] for t in range(4)], dim=1) / 255
     projections, predictions = network(stacks)
     expected = ft.prediction_loss(predictions, projections)
     expected += 0.5 * ft.barlow_loss(projections, projections)
-    loss = ft.pretraining_loss(network, frames, args, generator)
+    loss = ft.pretraining_loss(network, frames, ends, args, generator)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     losses = []
     for _ in range(15):
-        loss = ft.pretraining_loss(network, frames, args, generator)
+        loss = ft.pretraining_loss(network, frames, ends, args, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -421,24 +496,17 @@ def write_video(directory, names, num, seed=0):
     return frames, terminals
 
 
-def test_videos_are_read_block_by_block_of_every_file(tmp_path):
-    """Of two files with 25 and 40 frames, 8 of each at a time; what is read ends as an episode."""
+@pytest.mark.parametrize("num_frames", [30, 1000])
+def test_videos_are_read_up_to_a_number_of_frames_each(tmp_path, num_frames):
     (tmp_path / "reward_1_3.gz").write_bytes(b"not read")
     arrays = [
         write_video(tmp_path, names, num, seed=num)
         for names, num in zip(reversed(NAMES), (25, 40), strict=True)
     ]
-    files = ft.video_files(tmp_path)
-    assert ft.count_frames(files) == 65
-    blocks = list(ft.read_videos(files, 16))
-    assert [len(frames) for frames, _ in blocks] == [16, 16, 16, 9, 8]
-    for k, (frames, ends) in enumerate(blocks):
-        slots = slice(8 * k, 8 * k + 8)
-        parts = [(array[slots], last[slots].copy()) for array, last in arrays]
-        for _, last in parts:
-            last[-1:] = 1
-        assert np.array_equal(frames, np.concatenate([array for array, _ in parts]))
-        assert np.array_equal(ends, np.concatenate([last for _, last in parts]) == 1)
+    videos = ft.read_videos(ft.video_files(tmp_path), num_frames)
+    for video, (frames, terminals) in zip(videos, arrays, strict=True):
+        assert np.array_equal(video.frames, frames[:num_frames])
+        assert np.array_equal(video.terminals, terminals[:num_frames] == 1)
 
 
 SPOILT = {
@@ -462,8 +530,7 @@ def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, kind, half):
     else:
         SPOILT[kind](path)
     with pytest.raises(SystemExit, match=f"^error: {path}: ") as exit_info:
-        ft.count_frames(files)
-        list(ft.read_videos(files, 16))
+        ft.read_videos(files, 1000)
     assert exit_info.value.code.count("\n") == 0
 
 
@@ -471,45 +538,44 @@ def test_halves_that_do_not_belong_together(tmp_path):
     write_video(tmp_path, NAMES[0], 40)
     save_array(tmp_path / "terminal_1_3.gz", np.zeros(39, bool))
     with pytest.raises(SystemExit, match=r"terminal_1_3.gz: has shape \(39,\), its observations"):
-        ft.count_frames(ft.video_files(tmp_path))
+        ft.read_videos(ft.video_files(tmp_path), 1000)
 
 
-def test_videos_never_cross_an_episodes_end():
-    terminals = np.zeros(200, bool)
-    terminals[[10, 11, 50, 150, 199]] = True
-    seen = set()
-    for seed in range(50):
-        starts = ft.draw_videos(terminals, 8, np.random.default_rng(seed))
-        assert len(starts) == len(set(starts)) == 25
-        seen |= set(starts.tolist())
-    assert seen == {s for s in range(193) if not terminals[s : s + 7].any()}
-    assert len(ft.draw_videos(terminals[:5], 8, np.random.default_rng(0))) == 0
-    example = ft.draw_videos(np.array([0, 0, 1, 0, 0, 0]), 3, np.random.default_rng(0))
-    assert set(example.tolist()) == {0, 3}
+def numbered_videos(*lengths):
+    """Each frame is one number, its own; an episode ends at each tenth frame."""
+    videos, first = [], 0
+    for length in lengths:
+        numbers = np.arange(first, first + length)
+        videos.append(ft.Video(numbers, numbers % 10 == 9))
+        first += length
+    return videos
 
 
-def test_batches_are_numbered_and_drawn_anew_in_every_block_of_every_epoch(tmp_path, monkeypatch):
+def test_a_sequence_begins_at_every_frame_and_leaves_no_video():
+    assert len(ft.every_start(numbered_videos(20_000), 14)) == 19_987
+    args = pretrain_args()
+    starts = ft.every_start(numbered_videos(*3 * [args.video_frames]), args.video_length)
+    updates = args.pretrain_epochs * math.ceil(len(starts) / args.pretrain_batch_size)
+    assert updates == 234_370  # SimTPR's, of three files
+    args = pretrain_args(pretrain_length=3)
+    videos = numbered_videos(20, 4, 30)
+    frames, terminals = ft.cut_sequences(videos, ft.every_start(videos, 6), args)
+    expected = [range(first, first + 6) for first in (*range(15), *range(24, 49))]
+    assert frames.tolist() == [list(each) for each in expected]
+    assert torch.equal(terminals, frames % 10 == 9)
+
+
+def test_each_epoch_has_every_sequence_once_in_an_order_of_its_own():
     """And each call gives the same ones: a continued run goes on in the middle."""
-    write_video(tmp_path, NAMES[0], 80)
-    monkeypatch.setattr(ft, "BLOCK_FRAMES", 40)
-    files, flags = ft.video_files(tmp_path), dict(pretrain_batch_size=2, pretrain_length=3)
-    draw, draws = ft.draw_videos, []
-
-    def draw_videos(terminals, length, rng):
-        draws.append(rng.random())
-        return draw(terminals, length, rng)
-
-    monkeypatch.setattr(ft, "draw_videos", draw_videos)
-    calls = []
-    for seed in (1, 2, 1):
-        args = pretrain_args(seed=seed, pretrain_epochs=2, **flags)
-        calls.append(list(ft.video_batches(files, args)))
-    assert len(set(draws[:8])) == 8 and draws[8:] == draws[:4]
-    assert all(np.array_equal(a[3], b[3]) for a, b in zip(calls[0], calls[2], strict=True))
-    numbers = [batch[:3] for batch in calls[0]]
-    totals = [max(total for block, _, total in numbers if block == b) for b in (1, 2, 3, 4)]
-    assert numbers == [(b, i, n) for b, n in enumerate(totals, 1) for i in range(1, n + 1)]
-    assert all(videos.shape == (2, 6, 84, 84) for *_, videos in calls[0])
+    starts = ft.every_start(numbered_videos(30, 20), 6)  # 25 + 15
+    calls = [[*islice(ft.draw_starts(starts, 16, seed), 6)] for seed in (1, 2, 1)]
+    for batches in calls:
+        assert [len(batch) for batch in batches] == [16, 16, 8, 16, 16, 8]
+    epochs = [np.concatenate(calls[0][:3]), np.concatenate(calls[0][3:]), np.concatenate(calls[1])]
+    for epoch in epochs[:2]:
+        assert sorted(epoch.tolist()) == starts.tolist() != epoch.tolist()
+    assert not np.array_equal(*epochs[:2]) and not np.array_equal(epochs[0], epochs[2][:40])
+    assert all(np.array_equal(a, b) for a, b in zip(calls[0], calls[2], strict=True))
 
 
 # --- Recording ------------------------------------------------------------------------------------
@@ -590,7 +656,7 @@ def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch):
     clock = iter(range(10**9, 2 * 10**9))
     monkeypatch.setattr(gzip.time, "time", lambda: next(clock))
     monkeypatch.setattr(ft, "make_envs", lambda *args: Games())
-    args = pretrain_args(collect_steps=30, pretrain_batch_size=2, pretrain_length=2)
+    args = pretrain_args(collect_steps=30, pretrain_batch_size=2, pretrain_length=3)
     contents = []
     for _ in range(2):
         player = Player()
@@ -598,7 +664,7 @@ def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch):
         contents.append([(tmp_path / name).read_bytes() for name in ft.RECORDED])
     ((frames, terminals),) = ft.read_videos(ft.video_files(tmp_path), 100)
     assert frames[:, 0, 0].tolist() == [10 * (1 + i // 7) + i % 7 for i in range(30)]
-    assert np.flatnonzero(terminals).tolist() == [6, 13, 20, 27, 29]  # and the last of a block
+    assert np.flatnonzero(terminals).tolist() == [6, 13, 20, 27]
     assert all((frame == frame[0, 0]).all() for frame in frames)
     first = [[0, 0, 0, 10], [0, 0, 10, 11], [0, 10, 11, 12], [10, 11, 12, 13]]
     assert player.seen[:4] == first
@@ -613,7 +679,7 @@ def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch):
 def test_halves_of_two_recordings_never_meet(tmp_path, monkeypatch):
     """A recording that is cut off before its second half leaves none, or the one before."""
     monkeypatch.setattr(ft, "make_envs", lambda *args: Games())
-    args = pretrain_args(collect_steps=30, pretrain_batch_size=2, pretrain_length=2)
+    args = pretrain_args(collect_steps=30, pretrain_batch_size=2, pretrain_length=3)
     ft.record(tmp_path, None, args)
     before = [(tmp_path / name).read_bytes() for name in ft.RECORDED]
     monkeypatch.setattr(Games, "step", lambda *_: 1 / 0)

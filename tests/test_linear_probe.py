@@ -56,6 +56,20 @@ def test_the_stacks_and_the_state_belong_together():
     assert (state[:, 1] > 0).all()
 
 
+def test_random_blocks_have_the_statistics_of_the_frames_to_five_digits():
+    """The encoder comes as encode() leaves it. By hand, in double precision, for the first layer."""
+    stacks = torch.randint(256, (50, 4, 84, 84), dtype=torch.uint8)
+    stacks[..., 10:, :] = 87  # a plain background, as games have it
+    encoder = linear_probe.script.Backbone()
+    linear_probe.encode(encoder, stacks[:1])
+    blocks = linear_probe.random_blocks(encoder, stacks).layers[0].layers
+    images = stacks.double() / 255
+    hidden = torch.nn.functional.conv2d(images, *(w.double() for w in blocks[0].parameters()))
+    hidden = hidden.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(blocks[1].running_mean, hidden.mean(1).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(blocks[1].running_var, hidden.var(1).float(), rtol=1e-4, atol=0)
+
+
 def test_a_model_without_pretraining_is_no_better_than_before_it(tmp_path, capsys):
     torch.manual_seed(1)
     backbone = linear_probe.script.Backbone()
