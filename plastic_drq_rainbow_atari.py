@@ -1047,7 +1047,7 @@ class Counters:
     training_seconds: float = 0.0  # of acting and learning
     wall_clock_seconds: float = 0.0  # of all, evaluations included
     resumed_at: list[int] = field(default_factory=list)  # steps after which it was continued
-    git_commit: str | None = None  # of the newest process
+    git_commits: list[str | None] = field(default_factory=list)  # of each process
     wandb_id: str | None = None
 
 
@@ -1225,7 +1225,7 @@ def train(args: Args, run_dir: Path) -> None:
     if checkpoint_path.exists() and not args.overwrite:
         counters = load_checkpoint(checkpoint_path, args, generators, tensors)
         counters.resumed_at.append(counters.env_steps)
-    counters.git_commit = git_commit()
+    counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with other
     # no-ops than the first one's and the evaluation's.
     envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.env_steps) % 2**30)

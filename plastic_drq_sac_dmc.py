@@ -1143,7 +1143,7 @@ class Counters:
     training_seconds: float = 0.0  # of acting and learning
     wall_clock_seconds: float = 0.0  # of all, evaluations included
     resumed_at: list[int] = field(default_factory=list)  # agent steps after which it was continued
-    git_commit: str | None = None  # of the newest process
+    git_commits: list[str | None] = field(default_factory=list)  # of each process
     wandb_id: str | None = None
 
 
@@ -1315,7 +1315,7 @@ def train(args: Args, run_dir: Path) -> None:
     if checkpoint_path.exists() and not args.overwrite:
         counters = load_checkpoint(checkpoint_path, args, generators, tensors)
         counters.resumed_at.append(counters.agent_steps)
-    counters.git_commit = git_commit()
+    counters.git_commits.append(git_commit())
     # The simulation's state is not in a checkpoint: a continued run begins a new episode, of
     # another seed than the first one's and the evaluation's.
     frame, _ = env.reset(seed=args.seed + (1_000_003 * counters.agent_steps) % 2**30)

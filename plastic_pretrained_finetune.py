@@ -1152,7 +1152,7 @@ class Counters:
     training_seconds: float = 0.0  # of acting and learning
     wall_clock_seconds: float = 0.0  # of all, evaluations included
     resumed_at: list[int] = field(default_factory=list)  # steps after which it was continued
-    git_commit: str | None = None  # of the newest process
+    git_commits: list[str | None] = field(default_factory=list)  # of each process
     wandb_id: str | None = None
 
 
@@ -1165,7 +1165,7 @@ class PretrainingCounters:
     final_loss: float = 0.0  # mean over the updates of the newest log interval
     wall_clock_seconds: float = 0.0
     resumed_at: list[int] = field(default_factory=list)  # updates after which it was continued
-    git_commit: str | None = None  # of the newest process
+    git_commits: list[str | None] = field(default_factory=list)  # of each process
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -1632,7 +1632,7 @@ def train(args: Args, run_dir: Path) -> None:
     if checkpoint_path.exists() and not args.overwrite:
         load_checkpoint(checkpoint_path, args, counters, generators, tensors)
         counters.resumed_at.append(counters.env_steps)
-    counters.git_commit = git_commit()
+    counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with other
     # no-ops than the first one's and the evaluation's.
     envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.env_steps) % 2**30)
@@ -1786,7 +1786,7 @@ def pretrain(args: Args, run_dir: Path) -> None:
     if checkpoint_path.exists() and not args.overwrite:
         load_checkpoint(checkpoint_path, args, counters, generators, tensors)
         counters.resumed_at.append(counters.gradient_updates)
-    counters.git_commit = git_commit()
+    counters.git_commits.append(git_commit())
     videos = prepare_videos(args, run_dir, counters)
     starts, batch_size = every_start(videos, args.video_length), args.pretrain_batch_size
     total = max(round(args.pretrain_epochs * math.ceil(len(starts) / batch_size)), 1)

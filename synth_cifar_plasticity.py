@@ -899,7 +899,7 @@ class Counters:
     wall_clock_seconds: float = 0.0  # of all, evaluations included
     resumed_at: list[int] = field(default_factory=list)  # updates after which it was continued
     data: int | None = None  # CRC-32 of images and labels
-    git_commit: str | None = None  # of the newest process
+    git_commits: list[str | None] = field(default_factory=list)  # of each process
     wandb_id: str | None = None
 
 
@@ -1066,7 +1066,8 @@ def train(args: Args, run_dir: Path) -> None:
         if counters.data != checksum:
             advice = "use the same --data-dir, or --overwrite"
             sys.exit(f"error: {checkpoint_path} was made with other images; {advice}")
-    counters.data, counters.git_commit = checksum, git_commit()
+    counters.data = checksum
+    counters.git_commits.append(git_commit())
 
     writer = start_logging(args, run_dir, counters)
     num_replicas, num_parameters = replicas.weights.shape
