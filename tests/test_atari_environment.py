@@ -283,65 +283,20 @@ def test_logged_returns_are_unclipped_and_whole_episodes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("replay_ratio, resets", [(2, 4), (4, 9), (8, 19)])
-def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(
-    monkeypatch, tmp_path, replay_ratio, resets
-):
-    class LightReplay:
-        def __init__(self, *args):
-            pass
-
-        def start(self, frame):
-            pass
-
-        def add(self, action, reward, done, next_frame):
-            pass
-
-        def last_obs(self):
-            return torch.zeros(1, 4, 84, 84, dtype=torch.uint8)
-
-        def tensors(self):
-            return {}
-
-    class EndlessEnvs(ScriptedEnvs):
-        def step(self, actions, env_ids=None):
-            zero = np.zeros(1, np.float32)
-            return self.still, zero, zero > 0, zero > 0, {"lives": np.full(1, 2, np.int32)}
-
-    envs = EndlessEnvs([GAMES])
-    envs.still = np.zeros((1, 1, 84, 84), np.uint8)
-    monkeypatch.setattr(atari, "ReplayBuffer", LightReplay)
-    monkeypatch.setattr(atari.Agent, "act", lambda self, obs: 0)
-    kept = {"updates": 0, "resets": 0}
-
-    def update(self, replay):
-        kept["updates"] += 1
-        return {}
-
-    def reset(self):
-        assert kept["updates"] % 40_000 == 0
-        kept["resets"] += 1
-
-    monkeypatch.setattr(atari.Agent, "update", update)
-    monkeypatch.setattr(atari.Agent, "reset", reset)
-    monkeypatch.setattr(atari, "make_envs", lambda env_id, num_envs, seed: envs)
-    monkeypatch.setattr(atari, "evaluate", lambda network, args, video: [0.0])
-    flags = dict(device="cpu", run_dir=str(tmp_path), hidden_dim=4, log_interval=50_000)
-    atari.run(atari.Args(replay_ratio=replay_ratio, checkpoint_interval=0, **flags))
-    (path,) = tmp_path.glob("*/result.json")
-    result = json.loads(path.read_text())
-    assert result["gradient_updates"] == kept["updates"] == 98_001 * replay_ratio
-    assert result["resets"] == kept["resets"] == resets
+def test_a_full_run_has_98001_updates_per_replay_ratio_and_so_many_resets(replay_ratio, resets):
+    args = atari.Args(replay_ratio=replay_ratio, device="cpu")
+    updates = (args.total_timesteps - args.learning_starts + 1) * args.replay_ratio
+    due = [n for n in range(1, 1 + updates) if atari.due(args.reset_interval, n)]
+    assert (updates, len(due)) == (98_001 * replay_ratio, resets) and due[-1] < updates
 
 
-def test_no_reset_on_the_last_environment_step(monkeypatch, tmp_path):
-    # Updates at steps 10 to 19, two each: the 20th update falls on the last step.
-    kept, result = run_on(monkeypatch, tmp_path, ScriptedEnvs([GAMES]), 19, reset_interval=20)
-    assert (kept["updates"], result["resets"]) == (20, 0)
-
-
-def test_a_reset_before_the_last_environment_step_happens(monkeypatch, tmp_path):
-    kept, result = run_on(monkeypatch, tmp_path, ScriptedEnvs([GAMES]), 20, reset_interval=20)
-    assert (kept["updates"], result["resets"], kept["resets"]) == (22, 1, 1)
+@pytest.mark.parametrize("steps, updates, resets", [(19, 20, 0), (20, 22, 1)])
+def test_a_reset_is_left_out_on_the_last_step_alone(monkeypatch, tmp_path, steps, updates, resets):
+    """Updates at steps 10 to 19, two each: the 20th falls on the last of 19 steps."""
+    envs = ScriptedEnvs([GAMES])
+    kept, result = run_on(monkeypatch, tmp_path, envs, steps, reset_interval=20)
+    assert (kept["updates"], result["resets"], kept.get("resets", 0)) == (updates, resets, resets)
+    assert result["gradient_updates"] == updates
 
 
 def test_speed_is_of_training_alone_and_wall_clock_of_everything(monkeypatch, tmp_path):

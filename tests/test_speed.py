@@ -1,6 +1,7 @@
 """The speed benchmark measures what it says."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -90,32 +91,42 @@ SCRIPTS = {
 }
 
 
-def test_a_quick_run_writes_all_figures(tmp_path):
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS if "atari" not in name]
+
+
+@pytest.mark.parametrize("script", ["plastic_drq_rainbow_atari", *SLOW])
+def test_a_quick_run_writes_all_figures(tmp_path, script):
     path = tmp_path / "speed.json"
     command = [sys.executable, str(SPEED), "--device", "cpu", "--quick", "--json", str(path)]
+    command += ["--script", f"{script}.py"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     figures = json.loads(path.read_text())
     assert figures["torch"] == torch.__version__
-    for script, (updates, env_steps, methods) in SCRIPTS.items():
-        assert list(figures[f"{script}.py"]) == methods
-        for method, figure in figures[f"{script}.py"].items():
-            parts = {*speed.SCRIPTS[script][2], "other"}
-            if method not in ("PLASTIC", "PLASTIC, fast rendering"):
-                parts -= {"sam"}
-            assert set(figure["parts_ms"]) == parts  # each function is still called by this name
-            assert all(ms > 0 for ms in figure["parts_ms"].values())
-            step_ms = figure["act_ms"] + figure["env_step_ms"] if env_steps > 0 else 0
-            hours = (updates * figure["update_ms"] + env_steps * step_ms) / 3.6e6
-            assert figure["full_run_hours_without_evaluation"] == pytest.approx(hours)
-            assert ("render_ms" in figure) == (script == "plastic_drq_sac_dmc")
-            assert f"{script} {method} on" in finished.stdout
-    for figure in figures["plastic_drq_rainbow_atari.py"].values():
-        # 0.66 GiB of frames, 0.13 of 7 million floats five times
-        assert 0.7 < figure["memory_gib"] < 1.5
-    for method, figure in figures["synth_cifar_plasticity.py"].items():
-        seeds = int(method.split()[1])
-        assert figure["update_ms_per_seed"] == pytest.approx(figure["update_ms"] / seeds)
+    updates, env_steps, methods = SCRIPTS[script]
+    assert list(figures[f"{script}.py"]) == methods
+    for method, figure in figures[f"{script}.py"].items():
+        parts = {*speed.SCRIPTS[script][2], "other"}
+        if method not in ("PLASTIC", "PLASTIC, fast rendering"):
+            parts -= {"sam"}
+        assert set(figure["parts_ms"]) == parts  # each function is still called by this name
+        assert all(ms > 0 for ms in figure["parts_ms"].values())
+        step_ms = figure["act_ms"] + figure["env_step_ms"] if env_steps > 0 else 0
+        hours = (updates * figure["update_ms"] + env_steps * step_ms) / 3.6e6
+        assert figure["full_run_hours_without_evaluation"] == pytest.approx(hours)
+        assert ("render_ms" in figure) == (script == "plastic_drq_sac_dmc")
+        assert f"{script} {method} on" in finished.stdout
+        if "atari" in script:  # 0.66 GiB of frames, 0.13 of 7 million floats five times
+            assert 0.7 < figure["memory_gib"] < 1.5
+        if "synth" in script:
+            seeds = int(method.split()[1])
+            assert figure["update_ms_per_seed"] == pytest.approx(figure["update_ms"] / seeds)
+
+
+def test_the_functions_that_it_measures_exist():
+    for script, (_, _, functions) in speed.SCRIPTS.items():
+        for name in functions.values():
+            assert callable(pkgutil.resolve_name(f"{script}.{name}"))
 
 
 def test_a_missing_directory_is_said_before_anything_is_measured(tmp_path):
