@@ -59,6 +59,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, NoReturn
 
+# PyTorch's threads wait for each other by spinning: two runs that share the cores would take four
+# times as long as one. GNU OpenMP reads this when PyTorch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -57,6 +57,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, Literal, NamedTuple
 
+# PyTorch's threads wait for each other by spinning: two runs that share the cores would take four
+# times as long as one. GNU OpenMP reads this when PyTorch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import envpool
 import numpy as np
 import torch

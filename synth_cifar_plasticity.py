@@ -57,6 +57,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO, Literal
 
+# PyTorch's threads wait for each other by spinning: two runs that share the cores would take four
+# times as long as one. GNU OpenMP reads this when PyTorch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 import torch.nn.functional as F

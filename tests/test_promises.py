@@ -63,7 +63,7 @@ def load(run_dir):
 # --- Continuing -----------------------------------------------------------------------------------
 
 CLOCKS = {"training_seconds", "wall_clock_seconds", "resumed_at", "args", "exp_name"}
-CLOCKS |= {"env_steps_per_second", "updates_per_second"}
+CLOCKS |= {"env_steps_per_second", "updates_per_second", "git_commits"}
 
 
 def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(case, play, tmp_path):
@@ -80,6 +80,7 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(case, play, tmp_path
         logged.append(scalars(run_dir))
         results.append(read_result(run_dir))
         assert results[-1]["resumed_at"] == list(stops)
+        assert results[-1]["git_commits"] == [case.script.git_commit()] * (len(stops) + 1)
     for part in ("tensors", "generators"):
         whole, broken = (checkpoint.get(part, {}) for checkpoint in checkpoints)
         assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []

@@ -1,6 +1,7 @@
 """The repository around the scripts: pins, headers, README."""
 
 import ast
+import os
 import platform
 import re
 import subprocess
@@ -82,6 +83,21 @@ OWN_IN_DMC = set(  # the others play Atari
 )
 # It has neither episodes nor models.
 OWN_IN_SYNTH = set("evaluate start_logging remove_old_files finish".split())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="has no GNU OpenMP")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_openmp_knows_how_long_to_spin(script):
+    """By what GNU OpenMP itself prints when PyTorch loads it, after the lines before that."""
+    code = script.read_text().split("import torch\n")[0] + "import torch\n"
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+    )
+    assert "GOMP_SPINCOUNT = '1000'" in finished.stderr
 
 
 def test_components_that_scripts_share_are_the_same_word_for_word():
