@@ -462,6 +462,15 @@ def test_a_bad_flag_gets_one_message_and_code_2_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="has Weights & Biases")
+def test_a_folder_named_wandb_is_not_the_package(case, play, tmp_path, monkeypatch):
+    """Its runs leave one where they are started."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        play(case, track=True)
+
+
 @pytest.mark.parametrize("script", [atari, dmc, synth, ft], ids=lambda script: script.__name__)
 def test_every_flag_has_a_help_text(script, capsys):
     with pytest.raises(SystemExit):
