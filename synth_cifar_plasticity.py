@@ -168,6 +168,8 @@ class Args:
                 raise ValueError(f"{flag} needs one value, or several different ones")
         if self.shrink_perturb_alpha < 1 and self.reset_interval == 0:
             raise ValueError("--shrink-perturb-alpha acts at resets: pass --reset-interval")
+        if self.l2_init and not any(self.weight_decay):
+            raise ValueError("--l2-init pulls with --weight-decay: pass one above 0")
         size = 32
         for stride in self.conv_strides:
             if size < 3:
@@ -1100,10 +1102,11 @@ def train(args: Args, run_dir: Path) -> None:
         if position == 0 or step == steps.start:
             replicas.start_stage(stage)
 
+        if due(args.redo_interval, step - 1):  # like a reset, not right before a measurement
+            replicas.recycle(step - 1)
+
         # Learn
         losses = update()
-        if due(args.redo_interval, step):
-            replicas.recycle(step)
         if log_due or stage_over:
             losses_by_replica = losses.tolist()  # waits: an evaluation's time is not training's
         counters.training_seconds += time.perf_counter() - step_start

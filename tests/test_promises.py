@@ -407,7 +407,7 @@ BAD_FLAGS = {
         --evaluate no.pth => no.pth | --device cpu --replay-device cuda => --replay-device
     """,
     "synth": """
-        --task both | --num-seeds 0 | --first-seed -1 | --num-stages 0 | --num-stages 50001
+        --l2-init --weight-decay 0 | --task both | --num-seeds 0 | --first-seed -1 | --num-stages 0 | --num-stages 50001
         --updates-per-stage 0 | --learning-rate 0.1 0.1 | --weight-decay 0 0.1 0
         --learning-rate 0.1 nan | --learning-rate | --weight-decay -1 | --momentum 1.1
         --conv-strides 3 3 | --conv-strides 3 3 0 | --conv-strides 10 10 1
@@ -463,12 +463,13 @@ def test_a_bad_flag_gets_one_message_and_code_2_and_nothing_is_written(
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="has Weights & Biases")
-def test_a_folder_named_wandb_is_not_the_package(case, play, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["atari", "dmc", "synth", "finetune"])
+def test_a_folder_named_wandb_is_not_the_package(name, play, tmp_path, monkeypatch):
     """Its runs leave one where they are started."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="pip install wandb"):
-        play(case, track=True)
+        play(CASES[name], track=True)
 
 
 @pytest.mark.parametrize("script", [atari, dmc, synth, ft], ids=lambda script: script.__name__)

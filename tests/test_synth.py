@@ -558,6 +558,25 @@ def test_a_later_method_with_nothing_to_do_leaves_every_weight_as_it_is(data_dir
     assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
 
 
+def test_recycled_units_have_learned_before_they_are_measured(data_dir, monkeypatch):
+    """As a reset does, ReDo waits for the next update; after the last one there is none."""
+    happened = []
+    for owner, name in (
+        (synth.Replicas, "recycle"),
+        (synth.Replicas, "update"),
+        (synth, "evaluate"),
+    ):
+        function = getattr(owner, name)
+
+        def noted(*arguments, name=name, function=function):
+            happened.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+    synth.run(make_args(data_dir, redo_interval=2, updates_per_stage=2, num_stages=2))
+    assert "".join(name[0] for name in happened).replace("ee", "e") == "uueruue"
+
+
 def test_all_later_methods_at_once_learn_and_continue_bit_for_bit(data_dir, monkeypatch):
     flags = dict(redo_interval=5, redo_tau=0.3, l2_init=True, weight_clip=3.0, tortoise_interval=2)
     flags |= dict(shrink_perturb_alpha=0.8, metrics_interval=4, resume=True, updates_per_stage=20)
