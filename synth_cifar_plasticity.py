@@ -643,7 +643,8 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
     The function must not wait for the device, and everything that changes must lie in tensors that
-    stay where they are. What the returned function returns is overwritten when it is called again.
+    stay where they are, and that the caller keeps: a graph keeps no tensor alive. What the returned
+    function returns is overwritten when it is called again.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
     all that they change, are put back.
     """
