@@ -263,10 +263,13 @@ def check(runs: pd.DataFrame, apart: set[str] = APART) -> None:
         sys.exit(f"error: runs cannot be put together, they differ in {problem}")
     for run in runs.itertuples():
         parts, args = run.exp_name.replace("plastic", "ln_sam_crelu_reset").split("_"), run.args
-        if run.exp_name.split("_")[0] not in SINGLE or "layer_norm" not in args:
-            continue
-        on = {"ln": args["layer_norm"], "crelu": args.get("crelu")}
+        on = {"ln": args.get("layer_norm"), "crelu": args.get("crelu")}
         on |= {"sam": args.get("sam_rho", 0) > 0, "reset": args.get("reset_interval", 0) > 0}
+        on |= {"redo": args.get("redo_interval", 0) > 0, "l2init": args.get("l2_init")}
+        on |= {"clip": args.get("weight_clip", 0) > 0}
+        on |= {"tortoise": args.get("tortoise_interval", 0) > 0}
+        if parts[0] not in {"base", *on} or "layer_norm" not in args:
+            continue
         if any((name in parts) != bool(is_on) for name, is_on in on.items()):
             sys.exit(f"error: {run.path}: its flags are not those of {run.exp_name}")
 

@@ -133,6 +133,10 @@ def test_synthetic_runs_that_do_not_compare(tmp_path, capsys):
         runs = tmp_path / name
         write_synthetic(runs, "label", "ln", [[0.1, 0.2]], **flags)
         assert name in refused(capsys, tmp_path / "a", runs)
+    write_synthetic(tmp_path / "c", "label", "redo", [[0.1, 0.2]], redo_interval=9, l2_init=True)
+    assert "not those of redo" in refused(capsys, tmp_path / "c")
+    write_synthetic(tmp_path / "d", "label", "ln_sam_redo", [[0.1, 0.2]], redo_interval=9)
+    assert len(printed(capsys, runs=(tmp_path / "d",))) == 1
     write_synthetic(tmp_path / "b", "input", "base", [[0.1, 0.2]], first_seed=9)
     assert "the same run twice" in refused(capsys, tmp_path / "a", tmp_path / "b")
 
