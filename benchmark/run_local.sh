@@ -5,7 +5,7 @@
 #
 #     -j N              lines at a time on each GPU, or in all where there is none (default 1)
 #     --mps, --no-mps   with or without CUDA MPS, which lets processes share a GPU (default: with, where it is installed
-#                       and N > 1); started here, and stopped at the end
+#                       and N > 1, but for DeepMind Control); started here, and stopped at the end
 #     --logs DIR        where each grid gets a directory (default runs/grids, from here), named by the checksum of its lines: it holds
 #                       the log and the exit code of each line
 #
@@ -75,7 +75,8 @@ run_line() { # SLOT NUMBER: run line NUMBER, on the GPU of this slot (from 0); n
 }
 export -f run_line
 
-if [[ $mps == auto && -n ${gpus// /} && $jobs -gt 1 ]] && command -v nvidia-cuda-mps-control > /dev/null; then
+# DeepMind Control renders on the GPU, which crawled and died under MPS.
+if [[ $mps == auto && $grid != *plastic_drq_sac_dmc.py* && -n ${gpus// /} && $jobs -gt 1 ]] && command -v nvidia-cuda-mps-control > /dev/null; then
     mps=yes
 fi
 if [[ $mps == yes ]]; then

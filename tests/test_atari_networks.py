@@ -144,6 +144,13 @@ def test_noise_is_sign_times_root_of_a_gaussian_and_new_at_each_draw():
     assert not torch.equal(layer.noise_in, first)
 
 
+def test_a_layers_noises_are_independent():
+    layer = atari.NoisyLinear(2_000, 2_000, 0.5)
+    layer.sample_noise(torch.Generator().manual_seed(0))
+    correlations = torch.stack([layer.noise_in, layer.noise_out]).corrcoef()
+    assert abs(correlations[0, 1]) < 0.1  # four standard errors
+
+
 def test_noisy_initialisation():
     layer = atari.NoisyLinear(400, 100, 0.5)
     for mu in (layer.weight_mu, layer.bias_mu):

@@ -311,6 +311,8 @@ def test_mps_is_started_and_stopped(run_local, tmp_path):
     assert sorted(output[:2] for output in outputs) == [[gpu, pipe] for gpu in "0011"]
     told.unlink()
     assert run_local(["true"], "-j", "2", "--no-mps").wait(timeout=60) == 0 and not told.exists()
+    line = "true plastic_drq_sac_dmc.py"  # which renders
+    assert run_local([line], "-j", "2").wait(timeout=60) == 0 and not told.exists()
 
 
 LONG = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('saved'), exit(143)));"
