@@ -13,7 +13,7 @@ Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement 
 PLASTIC, PLASTIC† and the base that they stand on:
 
     python plastic_drq_rainbow_atari.py --env-id Alien
-    python plastic_drq_rainbow_atari.py --env-id Alien --exp-name dagger --no-crelu --sam-rho 0
+    python plastic_drq_rainbow_atari.py --env-id Alien --exp-name ln_reset --no-crelu --sam-rho 0
     python plastic_drq_rainbow_atari.py --env-id Alien --exp-name base --no-crelu --sam-rho 0 \
         --no-layer-norm --reset-interval 0
 
@@ -172,7 +172,8 @@ class Args:
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
         if self.learning_starts >= self.total_timesteps:
-            raise ValueError("--learning-starts must be below --total-timesteps")
+            problem = f"--learning-starts {self.learning_starts}: the random steps before the first"
+            raise ValueError(f"{problem} update must be below --total-timesteps")
         if min(self.learning_starts, self.buffer_size) < 2 * self.n_step:
             raise ValueError("--learning-starts and --buffer-size: at least twice --n-step")
         if not -math.inf < self.v_min < self.v_max < math.inf:
@@ -1314,7 +1315,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            print(f"stopped after step {step}", file=sys.stderr)
+            print(f"stopped; --resume continues after step {step}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 
     # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.

@@ -13,7 +13,7 @@ Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement 
 PLASTIC, PLASTIC† and the base that they stand on:
 
     python plastic_drq_sac_dmc.py --env-id quadruped-run
-    python plastic_drq_sac_dmc.py --env-id quadruped-run --exp-name dagger --no-crelu --sam-rho 0
+    python plastic_drq_sac_dmc.py --env-id quadruped-run --exp-name ln_reset --no-crelu --sam-rho 0
     python plastic_drq_sac_dmc.py --env-id quadruped-run --exp-name base --no-crelu --sam-rho 0 \
         --no-layer-norm --reset-interval 0
 
@@ -1405,7 +1405,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            print(f"stopped after step {step}", file=sys.stderr)
+            print(f"stopped; --resume continues after step {step}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 
     # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.

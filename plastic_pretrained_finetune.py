@@ -199,7 +199,8 @@ class Args:
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
         if self.learning_starts >= self.total_timesteps:
-            raise ValueError("--learning-starts must be below --total-timesteps")
+            problem = f"--learning-starts {self.learning_starts}: the random steps before the first"
+            raise ValueError(f"{problem} update must be below --total-timesteps")
         if min(self.learning_starts, self.buffer_size) < 2 * self.n_step:
             raise ValueError("--learning-starts and --buffer-size: at least twice --n-step")
         if not -math.inf < self.v_min < self.v_max < math.inf:
@@ -1721,7 +1722,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            print(f"stopped after step {step}", file=sys.stderr)
+            print(f"stopped; --resume continues after step {step}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 
     # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.

@@ -241,8 +241,9 @@ def download(directory: Path) -> None:
         archive = f"{temporary}/cifar-10-python.tar.gz"
         try:
             torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
-        except RuntimeError as error:  # not the archive
-            sys.exit(f"error: {URL}: {error}")
+        except (OSError, RuntimeError) as error:  # no network; not the archive
+            where = f"{directory}, or in a directory given by --data-dir"
+            sys.exit(f"error: {URL}: {error}; without it, CIFAR-10's files must be in {where}")
         with tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")
         os.replace(f"{temporary}/cifar-10-batches-py", directory)
@@ -1144,7 +1145,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            print(f"stopped after update {step}", file=sys.stderr)
+            print(f"stopped; --resume continues after update {step}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 
     on_stop_signals(signal.SIG_DFL)

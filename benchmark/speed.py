@@ -10,8 +10,8 @@ Figures of each method, printed and in --json; those that end in _ms are medians
 - eager_update_ms, parts_ms: an update without a graph, and its parts (CUDA: it waits for the device
   around each part). Of parts within parts the outer one counts; what no part covers is "other"
 - full_run_hours_without_evaluation: all updates and steps of a run, one after the other
-- memory_gib: what a method takes until it has made an update (CUDA: at its peak; CPU: by how much
-  the process grew: the first method pays for PyTorch, and a later one may reuse what it let go)
+- memory_gib: by how much the peak grew until a method had made an update (CPU: of the process, so
+  that the first method pays for PyTorch)
 
 Machines drift, so all methods of a script are held ready (about 1 GB each) and take turns. Nothing
 else should run. Other than in a run, actions are random, DMC's replay buffer is small, the
@@ -20,7 +20,6 @@ pretrained encoder's weights and the synthetic experiment's images are random.
 
 import json
 import pkgutil
-import platform
 import re
 import resource
 import statistics
@@ -48,7 +47,7 @@ import synth_cifar_plasticity
 
 WARM_UP = 5  # calls before those that count
 
-# --- Scripts --------------------------------------------------------------------------------------
+# --- Scripts ---
 
 
 @dataclass
@@ -62,8 +61,8 @@ class Subject:
     seeds: int = 1  # trained side by side
 
 
-def rainbow(script: ModuleType, device: str, quick: bool, **flags) -> Subject:
-    """DrQ-Rainbow on Alien after 2,000 random interactions (quick: 200)."""
+def rainbow(script: ModuleType, device: str, **flags) -> Subject:
+    """DrQ-Rainbow on Alien after 2,000 random interactions."""
     args = script.Args(device=device, **flags)
     agent, replay, update, act = script.make_agent(args, script.make_generators(args)["sampling"])
     envs, rng = script.make_envs(args.env_id, 1, args.seed), np.random.default_rng(0)
@@ -75,16 +74,15 @@ def rainbow(script: ModuleType, device: str, quick: bool, **flags) -> Subject:
         done = bool(terminated[0] or truncated[0])  # EnvPool's next step resets
         replay.add(int(action[0]), float(np.sign(rewards[0])), done, frames[0, 0])
 
-    for _ in range(200 if quick else 2_000):
+    for _ in range(2_000):
         env_step()
     calls = {"update_ms": update, "act_ms": lambda: int(act()), "env_step_ms": env_step}
     return Subject(lambda: agent.update(replay), calls, agent.num_updates, args.total_timesteps)
 
 
-def dmc(device: str, quick: bool, **flags) -> Subject:
-    """DrQ-SAC on quadruped-run after 600 random interactions (quick: 50, and batches of 16)."""
-    size = dict(batch_size=16) if quick else {}
-    args = plastic_drq_sac_dmc.Args(device=device, buffer_size=2_000, **size, **flags)
+def dmc(device: str, **flags) -> Subject:
+    """DrQ-SAC on quadruped-run after 200 random interactions."""
+    args = plastic_drq_sac_dmc.Args(device=device, buffer_size=2_000, **flags)
     env, generators = plastic_drq_sac_dmc.make_env(args), plastic_drq_sac_dmc.make_generators(args)
     agent, replay, update, act = plastic_drq_sac_dmc.make_agent(args, env, generators)
     rng = np.random.default_rng(0)
@@ -100,7 +98,7 @@ def dmc(device: str, quick: bool, **flags) -> Subject:
     def eager_update() -> None:
         agent.update(replay.sample(args.batch_size, generators["sampling"]))
 
-    for _ in range(50 if quick else 600):
+    for _ in range(200):
         env_step()
     calls = {"update_ms": update, "act_ms": lambda: act().cpu()}
     calls |= {"env_step_ms": env_step, "render_ms": env.frame}
@@ -108,7 +106,7 @@ def dmc(device: str, quick: bool, **flags) -> Subject:
     return Subject(eager_update, calls, updates, args.agent_steps)
 
 
-def synth(device: str, quick: bool, **flags) -> Subject:
+def synth(device: str, **flags) -> Subject:
     """The synthetic experiment's first stage, on random images."""
     args, rng = synth_cifar_plasticity.Args(device=device, **flags), np.random.default_rng(0)
     images = rng.integers(256, size=(5000, 3, 32, 32), dtype=np.uint8)
@@ -120,33 +118,26 @@ def synth(device: str, quick: bool, **flags) -> Subject:
     return Subject(replicas.update, {"update_ms": update}, updates, seeds=args.num_seeds)
 
 
-BASE = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
+# What prepares a method, the methods' flags, and the update's parts: functions by the names that
+# they have in the script.
 # fmt: off
-RAINBOW_PARTS = {
-    "sample": "ReplayBuffer.sample", "augment": "augment", "noise": "QNetwork.sample_noise",
-    "backward": "torch.Tensor.backward", "clip": "torch.nn.utils.clip_grad_norm_",
-    "optimizer": "torch.optim.Adam.step", "ema": "soft_update",
-    "priorities": "ReplayBuffer.update_priorities",
-}
-SCRIPTS: dict[str, tuple[Callable[..., Subject], dict[str, dict], dict[str, str]]] = {
-    # What prepares a method, the methods' flags, and the update's parts: functions by the names
-    # that they have in the script.
+BASE = dict(layer_norm=False, crelu=False, sam_rho=0.0, reset_interval=0)
+RAINBOW_PARTS = (
+    "ReplayBuffer.sample augment QNetwork.sample_noise torch.Tensor.backward "
+    "torch.nn.utils.clip_grad_norm_ torch.optim.Adam.step soft_update "
+    "ReplayBuffer.update_priorities "
+)
+SCRIPTS = {
     "plastic_drq_rainbow_atari": (
         partial(rainbow, plastic_drq_rainbow_atari),
         {"base": BASE, "PLASTIC†": dict(crelu=False, sam_rho=0.0), "PLASTIC": {}},
-        RAINBOW_PARTS | {
-            "td_target": "Agent.td_target", "forward": "QNetwork.forward", "sam": "sam_perturbed",
-        },
+        RAINBOW_PARTS + "Agent.td_target QNetwork.forward sam_perturbed",
     ),
     "plastic_drq_sac_dmc": (
         dmc,
         {"base": BASE, "PLASTIC": {}, "PLASTIC, fast rendering": dict(render_quality="fast")},
-        {
-            "sample": "ReplayBuffer.sample", "augment": "augment", "td_target": "Agent.td_target",
-            "critic forward": "Critic.forward", "actor forward": "Actor.sample",
-            "backward": "set_gradient", "sam": "sam_perturbed",
-            "optimizers": "torch.optim.Adam.step", "ema": "soft_update",
-        },
+        "ReplayBuffer.sample augment Agent.td_target Critic.forward Actor.sample set_gradient "
+        "sam_perturbed torch.optim.Adam.step soft_update",
     ),
     "plastic_pretrained_finetune": (
         partial(rainbow, plastic_pretrained_finetune, from_scratch=True),
@@ -154,7 +145,7 @@ SCRIPTS: dict[str, tuple[Callable[..., Subject], dict[str, dict], dict[str, str]
             "base": {}, "SAM, Reset†": dict(sam_rho=0.1, reset_interval=40_000),
             "base, not frozen": dict(freeze_backbone=False),
         },
-        RAINBOW_PARTS | {"encoder": "Backbone.forward", "head": "DuelingHead.forward"},
+        RAINBOW_PARTS + "Backbone.forward DuelingHead.forward",
     ),
     "synth_cifar_plasticity": (
         synth,
@@ -162,10 +153,7 @@ SCRIPTS: dict[str, tuple[Callable[..., Subject], dict[str, dict], dict[str, str]
             f"{method}, {seeds} seeds": BASE | dict(sam_rho=rho, num_seeds=seeds)
             for method, rho in (("base", 0.0), ("SAM", 0.1)) for seeds in (1, 3, 10, 30)
         },
-        {
-            "batch": "Replicas.next_batch", "forward": "Replicas.forward",
-            "backward": "torch.autograd.grad", "sgd": "Replicas.sgd",
-        },
+        "Replicas.next_batch Replicas.forward torch.autograd.grad Replicas.sgd",
     ),
 }
 # fmt: on
@@ -177,21 +165,18 @@ class Args:
 
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
     script: Literal[("all", *(f"{name}.py" for name in SCRIPTS))] = "all"  # what to run
-    quick: bool = False  # few updates: does it work, not how fast is it
+    quick: bool = False  # few updates of small batches: does it work, not how fast is it
     rounds: int = 5  # in each of them, all methods take a turn of 20 updates
     json: Path | None = None  # write the figures to this file too
 
     def __post_init__(self) -> None:
-        """Check the flags. tyro prints a ValueError and ends with code 2."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch finds no CUDA device")
         if self.json is not None and not self.json.parent.is_dir():
             raise ValueError(f"--json {self.json}: no such directory")
         if self.rounds < 1:
             raise ValueError(f"--rounds must be at least 1, not {self.rounds}")
 
 
-# --- Measuring ------------------------------------------------------------------------------------
+# --- Measuring ---
 
 
 def now(device: str) -> float:
@@ -201,6 +186,13 @@ def now(device: str) -> float:
     return 1e3 * time.perf_counter()
 
 
+def time_ms(function: Callable[[], object], device: str) -> float:
+    """Wall-clock of one call, the device's work included."""
+    start = now(device)
+    function()
+    return now(device) - start
+
+
 def medians(samples: list) -> dict | float:
     """The median; of dictionaries, that of each key."""
     if isinstance(samples[0], dict):
@@ -208,77 +200,66 @@ def medians(samples: list) -> dict | float:
     return statistics.median(samples)
 
 
-def median_ms(function: Callable[[], object], repeats: int, device: str) -> float:
-    """Median wall-clock of one call, the device's work included."""
-    samples = []
-    for _ in range(WARM_UP + repeats):
-        start = now(device)
-        function()
-        samples.append(now(device) - start)
-    return medians(samples[WARM_UP:])
-
-
 @contextmanager
-def clocked(functions: dict[str, str], device: str) -> Iterator[Counter]:
-    """Milliseconds in the functions, by label. Of calls within calls the outer one counts."""
+def clocked(script: str, functions: list[str], device: str) -> Iterator[Counter]:
+    """Milliseconds in the script's functions. Of calls within calls the outer one counts."""
     ms, running = Counter(), []
 
     @contextmanager
-    def span(label: str) -> Iterator[None]:
+    def span(name: str) -> Iterator[None]:
         if running:
             yield
             return
-        running.append(label)
+        running.append(name)
         start = now(device)
         yield
-        ms[label] += now(device) - start
+        ms[name] += now(device) - start
         running.clear()
 
-    def wrap(label: str, function: Callable) -> Callable:
+    def wrap(name: str, function: Callable) -> Callable:
         @contextmanager
         def block(*args) -> Iterator[None]:
-            with span(label), function(*args):
+            with span(name), function(*args):
                 yield
 
         # sam_perturbed stands in a `with` statement, whose block counts.
-        return block if label == "sam" else span(label)(function)
+        return block if name == "sam_perturbed" else span(name)(function)
 
     with ExitStack() as patches:
-        for label, name in functions.items():
-            patches.enter_context(mock.patch(name, wrap(label, pkgutil.resolve_name(name))))
+        for name in functions:
+            place = f"{script}.{name}"
+            patches.enter_context(mock.patch(place, wrap(name, pkgutil.resolve_name(place))))
         yield ms
 
 
-def take_turn(subject: Subject, functions: dict[str, str], repeats: int, device: str) -> dict:
+def take_turn(subject: Subject, script: str, repeats: int, device: str) -> dict:
     """Medians in ms: of each call, of an eager update and of its parts."""
-    turn = {key: median_ms(call, repeats, device) for key, call in subject.calls.items()}
-    samples = []
-    with clocked(functions, device) as ms:
+    turn, samples = {}, []
+    for name, call in subject.calls.items():
+        ms = [time_ms(call, device) for _ in range(WARM_UP + repeats)]
+        turn[name] = medians(ms[WARM_UP:])
+    with clocked(script, SCRIPTS[script][2].split(), device) as parts:
         for _ in range(WARM_UP + repeats):
-            ms.clear()
-            start = now(device)
-            subject.eager_update()
-            total = now(device) - start
-            parts = {**ms, "other": total - ms.total()}
-            samples.append({"eager_update_ms": total, "parts_ms": parts})
+            parts.clear()
+            total = time_ms(subject.eager_update, device)
+            parts["other"] = total - parts.total()
+            samples.append({"eager_update_ms": total, "parts_ms": dict(parts)})
     return turn | medians(samples[WARM_UP:])
 
 
 def memory_gib(device: str) -> float:
-    """Peak of the device's memory since it was last reset; CPU: what the process holds now."""
+    """Peak of the device's memory since it was last reset; CPU: of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def summarise(subject: Subject, turns: list[dict]) -> dict:
     """Medians of a method's turns, and what follows from them."""
     figures = medians(turns)
-    figures["updates_per_second"] = 1e3 / figures["update_ms"]
     figures["update_ms_per_seed"] = figures["update_ms"] / subject.seeds
     run_ms = subject.updates * figures["update_ms"]
     if subject.env_steps > 0:
-        figures["env_steps_per_second"] = 1e3 / figures["env_step_ms"]
         run_ms += subject.env_steps * (figures["act_ms"] + figures["env_step_ms"])
     figures["full_run_hours_without_evaluation"] = run_ms / 3.6e6
     return figures
@@ -286,24 +267,23 @@ def summarise(subject: Subject, turns: list[dict]) -> dict:
 
 def measure(script: str, args: Args) -> dict[str, dict]:
     """All figures of one script, by method."""
-    prepare, methods, functions = SCRIPTS[script]
-    functions = {label: f"{script}.{name}" for label, name in functions.items()}
+    prepare, methods, _ = SCRIPTS[script]
     subjects, figures = {}, {}
     for name, flags in methods.items():
-        if args.quick and flags.get("num_seeds", 1) > 3:
-            continue
+        if args.quick:
+            flags = flags | {"batch_size": 16}
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = memory_gib(args.device)
-        subjects[name] = prepare(device=args.device, quick=args.quick, **flags)
+        subjects[name] = prepare(device=args.device, **flags)
         subjects[name].calls["update_ms"]()
         figures[name] = {"memory_gib": memory_gib(args.device) - before}
 
     rounds, repeats = (1, 5) if args.quick else (args.rounds, 20)
-    turns: dict[str, list[dict]] = {name: [] for name in subjects}
+    turns = {name: [] for name in subjects}
     for _ in range(rounds):
         for name, subject in subjects.items():
-            turns[name].append(take_turn(subject, functions, repeats, args.device))
+            turns[name].append(take_turn(subject, script, repeats, args.device))
     return {name: figures[name] | summarise(subjects[name], turns[name]) for name in subjects}
 
 
@@ -315,18 +295,16 @@ def main(args: Args) -> None:
         torch.set_float32_matmul_precision("high")
         hardware = torch.cuda.get_device_name()
     else:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = model[1] if model else platform.machine()
-        hardware = f"{torch.get_num_threads()} threads of {name}"
-    figures: dict = {"hardware": hardware, "torch": torch.__version__}
-    figures |= {"python": platform.python_version(), "quick": args.quick}
+        (model, *_) = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) or ["CPU"]
+        hardware = f"{torch.get_num_threads()} threads of {model}"
+    figures: dict = {"hardware": hardware, "torch": torch.__version__, "quick": args.quick}
     for script in SCRIPTS if args.script == "all" else [args.script.removesuffix(".py")]:
         figures[f"{script}.py"] = measure(script, args)
         for name, method in figures[f"{script}.py"].items():
             print(f"{script} {name} on {hardware}")
-            print("  " + ", ".join(f"{k} {v:.2f}" for k, v in method.items() if k != "parts_ms"))
-            parts = ", ".join(f"{k} {v:.2f}" for k, v in method["parts_ms"].items())
-            print(f"  ms by part: {parts}", flush=True)
+            for figure, value in (method | method["parts_ms"]).items():
+                if figure != "parts_ms":
+                    print(f"{value:10.2f} {figure}", flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2))
 

@@ -34,7 +34,7 @@ PY
 
 case $part in
     update) python benchmark/speed.py --device cuda --json "$out/$gpu.json" ;;
-    dagger) $atari --exp-name dagger $dagger ;;
+    dagger) $atari --exp-name ln_reset $dagger ;;
     plastic) $atari --exp-name plastic ;;
     dmc)
         python plastic_drq_sac_dmc.py --device cuda --env-id cheetah-run --run-dir "$out/runs" --overwrite --exp-name base \

@@ -1,6 +1,7 @@
-"""One thread per process: the networks here are small, and the tests stay quick where other work shares the cores.
+"""Fixtures of several files, and what holds for all tests.
 
-And Ctrl-C as a terminal has it: a shell starts background jobs with SIGINT ignored, which all their children inherit.
+One thread per process: the networks are small, and other work may share the cores. Ctrl-C as a
+terminal has it: a shell starts background jobs with SIGINT ignored, which their children inherit.
 """
 
 import functools

@@ -1,7 +1,4 @@
-"""Small runs of all scripts on made-up data: the same at each call, a second or less each.
-
-CASES has one entry for each kind of run; conftest.py's fixture `play` makes the runs.
-"""
+"""Small runs of all scripts on made-up data; conftest.py's fixture `play` makes them."""
 
 import json
 import os
@@ -29,8 +26,8 @@ BUSY = dict(metrics_interval=16, eval_interval=15, buffer_size=16, save_model=Tr
 
 # Each kind of run has
 # - steps that it makes, and stops: steps after which an episode ends;
-# - flags, and more of them for a run in which more happens (busy), for one with a real task (real),
-#   for a process that can be stopped in time (longer), and some that make another run of it (other);
+# - flags, and more of them for a run in which more happens (busy), with a real task (real), for a
+#   process that can be stopped in time (longer), and some that make another run of it (other);
 # - its counter of steps, the functions that make its networks and compute its loss, and a tag.
 CASES = {
     "atari": SimpleNamespace(
@@ -186,7 +183,7 @@ def read_result(run_dir):
 
 
 def names(directory):
-    """What lies there, event files by their kind."""
+    """Of all files, event files by their kind."""
     return {path.name.split(".tfevents")[0] for path in directory.iterdir()}
 
 

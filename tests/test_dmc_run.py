@@ -22,12 +22,12 @@ def stored(monkeypatch):
     return transitions
 
 
-def test_no_reset_on_the_last_step(play, tmp_path):
+@pytest.mark.parametrize("interval, resets", [(23, 0), (11, 2)])
+def test_no_reset_on_the_last_step(play, tmp_path, interval, resets):
     """Steps 8 to 30 have 23 updates."""
-    for interval, resets in ((23, 0), (22, 1), (11, 2)):
-        play(CASE, reset_interval=interval, exp_name=f"{interval}")
-        result = read_result(tmp_path / f"cartpole-swingup_sparse__{interval}__1")
-        assert (result["gradient_updates"], result["resets"]) == (23, resets)
+    play(CASE, reset_interval=interval)
+    result = read_result(tmp_path / CASE.dir)
+    assert (result["gradient_updates"], result["resets"]) == (23, resets)
 
 
 def test_an_update_comes_before_its_steps_transition(play, monkeypatch):
@@ -44,10 +44,8 @@ def test_an_update_comes_before_its_steps_transition(play, monkeypatch):
     assert seen == [n for step in range(8, 31) for n in (step - 1, step - 1)]
 
 
-@pytest.mark.parametrize("ended_by_the_task", [False, True])
-def test_only_the_tasks_own_end_ends_the_return(
-    play, stored, tmp_path, monkeypatch, ended_by_the_task
-):
+@pytest.mark.parametrize("by_the_task", [False, True])
+def test_only_the_tasks_own_end_ends_the_return(play, stored, tmp_path, monkeypatch, by_the_task):
     """Episodes of 10 steps: a time limit is stored as no end at all."""
     step = Scripted.step
 
@@ -55,13 +53,14 @@ def test_only_the_tasks_own_end_ends_the_return(
         frame, reward, terminated, truncated, info = step(self, action)
         return frame, reward, truncated, terminated, info
 
-    if ended_by_the_task:
+    if by_the_task:
         monkeypatch.setattr(Scripted, "step", swapped)
     play(CASE)
-    ends = [terminated for _, terminated in stored]
-    assert ends == [ended_by_the_task and n % 10 == 0 for n in range(1, 31)]
-    logged = scalars(tmp_path / CASE.dir)["charts/episodic_length"]
-    assert [step for step, _ in logged] == [10, 20, 30]
+    assert [end for _, end in stored] == [by_the_task and n % 10 == 0 for n in range(1, 31)]
+    logged, sums = scalars(tmp_path / CASE.dir), [float(action.sum()) for action, _ in stored]
+    assert logged["charts/episodic_length"] == [(10, 10), (20, 10), (30, 10)]
+    returns = [(n, pytest.approx(sum(sums[n - 10 : n]), abs=1e-5)) for n in (10, 20, 30)]
+    assert logged["charts/episodic_return"] == returns
 
 
 def test_the_first_actions_are_uniform(play, stored):
@@ -81,32 +80,22 @@ def test_a_continued_run_begins_an_episode_of_its_own(play, monkeypatch):
     assert Scripted.seeds[1:] == [None]  # the suite's own stream goes on
 
 
-@pytest.mark.parametrize(
-    "env_id, updates, resets", [("hopper-hop", 999_001, 9), ("reacher-easy", 499_001, 4)]
-)
-def test_updates_and_resets_of_a_full_run(env_id, updates, resets):
-    args = dmc.Args(env_id=env_id, device="cpu")
-    due = [n for n in range(1, 1 + updates) if dmc.due(args.reset_interval, n)]
-    assert args.agent_steps - args.learning_starts + 1 == updates
-    assert len(due) == resets and due[-1] < updates
-
-
 def test_values_that_are_auto_or_the_tasks():
-    quadruped, cheetah = dmc.Args(env_id="quadruped-walk"), dmc.Args(env_id="cheetah-run")
-    assert (quadruped.sam_rho, quadruped.action_repeat) == (0.1, 2)
-    assert (cheetah.sam_rho, cheetah.action_repeat) == (0.01, 4)
+    for env_id, *expected in (
+        ("quadruped-walk", 0.1, 2, 1_000_000),
+        ("cheetah-run", 0.01, 4, 500_000),
+        ("reacher-easy", 0.01, 4, 500_000),
+        ("reacher-hard", 0.01, 2, 1_000_000),
+    ):
+        args = dmc.Args(env_id=env_id)
+        assert [args.sam_rho, args.action_repeat, args.agent_steps] == expected
     own = dmc.Args(env_id="quadruped-run", sam_rho=0.0, action_repeat=8, device="cpu")
     assert (own.sam_rho, own.action_repeat, own.replay_device) == (0.0, 8, "cpu")
 
 
-# --- Real tasks -----------------------------------------------------------------------------------
-
-
-def test_cheetahs_model_gives_no_warnings(tmp_path, data):
-    flags = flags_of(CASE, data, env_id="cheetah-run", learning_starts=8)
-    process = start(CASE, flags, tmp_path)
-    _, error = process.communicate(timeout=120)
-    assert (process.returncode, error.count("\n")) == (0, 1), error
+def test_cheetahs_model_gives_no_warnings(caplog):
+    dmc.make_env(dmc.Args(env_id="cheetah-run"))
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
@@ -121,9 +110,3 @@ def test_a_renderer_that_does_not_work(tmp_path, data, renderer):
     assert (process.returncode, output) == (1, "")
     assert error.startswith(f"error: MuJoCo cannot render with MUJOCO_GL={renderer}: install")
     assert "Traceback" not in error
-
-
-def test_images_larger_than_the_suites_screen():
-    args = dmc.Args(**CASE.flags | dict(device="cpu", image_size=500))
-    frame, _ = dmc.make_env(args).reset()
-    assert frame.shape == (1, 500, 500) and frame[0, 490:].any() and frame[0, :, 490:].any()

@@ -12,65 +12,45 @@ TUNE, PRETRAIN = CASES["finetune"], CASES["pretrain"]
 RECORD = dict(video_dir=None, collect_steps=17)
 
 
-def save_array(path, array):
-    with gzip.open(path, "wb") as file:
-        np.save(file, array)
+def write_video(directory, length):
+    directory.mkdir(exist_ok=True)
+    for name, shape in zip(ft.RECORDED, ((length, 84, 84), (length,)), strict=True):
+        with gzip.open(directory / name, "wb") as file:
+            np.save(file, np.zeros(shape, np.uint8))
 
 
-@pytest.fixture
-def videos(tmp_path, data):
-    """The session's video, to be changed."""
-    for name in ft.RECORDED:
-        (tmp_path / "videos").mkdir(exist_ok=True)
-        (tmp_path / "videos" / name).write_bytes((data / name).read_bytes())
-    return tmp_path / "videos"
-
-
-# --- Fine-tuning ----------------------------------------------------------------------------------
-
-
-def test_a_pretrained_encoder_is_tuned_and_needed_no_more(play, tmp_path):
-    """Shrink & Perturb moves weights, and no statistics; --evaluate and --resume on a finished run
-    do without the encoder's file. A continued run has its first weights in the checkpoint."""
+def test_a_pretrained_encoder_is_tuned_and_needed_no_more(play, tmp_path, monkeypatch):
+    """A continued run has its first weights in the checkpoint; --resume on a finished run and
+    --evaluate do without the encoder's file."""
     play(PRETRAIN, exp_name="p")
     path = tmp_path / "Alien__p__1" / "model.pth"
-    first = torch.load(path, weights_only=True)["model_state_dict"]
-    backbone = ft.Backbone().state_dict()
-    assert {n: w.shape for n, w in first.items()} == {
-        f"backbone.{n}": w.shape for n, w in backbone.items()
-    }
-    flags = dict(pretrained_path=str(path), reset_interval=15, save_model=True, resume=True)
-    play(TUNE, exp_name="init", **flags)
-    model = torch.load(tmp_path / "Alien__init__1/model.pth", weights_only=True)
-    for key, w in first.items():
-        if w.dim() == 4 or "running" in key:
-            assert torch.equal(model["target"][key], w) == ("running" in key), key
-
+    encoder = torch.load(path, weights_only=True)["model_state_dict"]
+    flags = dict(pretrained_path=str(path), reset_interval=15, save_model=True)
     flags |= dict(shrink_perturb_anchor="pretrained", freeze_backbone=False)
-    tuned = []
-    for name in ("whole", "broken"):
-        if name == "broken":
-            with pytest.raises(SystemExit):
-                play(TUNE, {10: stop}, exp_name=name, **flags)
-            state = {f"backbone.{n}": w for n, w in backbone.items()}  # another one
-            torch.save({"model_state_dict": state}, path)
-        play(TUNE, exp_name=name, **flags)
-        model = torch.load(tmp_path / f"Alien__{name}__1/model.pth", weights_only=True)
-        tuned.append(model["target"])
-    assert all(torch.equal(w, tuned[1][key]) for key, w in tuned[0].items())
+    play(TUNE, exp_name="whole", **flags)
+    with pytest.raises(SystemExit):
+        play(TUNE, {10: stop}, exp_name="broken", **flags)
+    another = {f"backbone.{name}": w for name, w in ft.Backbone().state_dict().items()}
+    torch.save({"model_state_dict": another}, path)
+    play(TUNE, exp_name="broken", resume=True, **flags)
+    models = [tmp_path / f"Alien__{name}__1/model.pth" for name in ("whole", "broken")]
+    whole, broken = (torch.load(model, weights_only=True)["target"] for model in models)
+    assert all(torch.equal(w, broken[name]) for name, w in whole.items())
+    statistics = [name for name in encoder if "running" in name]  # which stay as they were
+    assert all(torch.equal(whole[name], encoder[name]) for name in statistics)
     path.unlink()
-    assert play(TUNE, exp_name="whole", **flags) == 0
-    model = str(tmp_path / "Alien__whole__1/model.pth")
-    ft.evaluate_saved(ft.Args(evaluate=model, device="cpu", eval_episodes=1))
+    assert play(TUNE, exp_name="whole", resume=True, **flags) == 0
+    monkeypatch.setattr(ft, "evaluate", lambda *_: [1.0])
+    ft.evaluate_saved(ft.Args(evaluate=str(models[0]), device="cpu"))
 
 
 def test_an_encoder_that_a_run_needs_survives_overwrite(play, tmp_path):
     run_dir = tmp_path / PRETRAIN.dir
     play(PRETRAIN)
     before = contents(run_dir)
-    for path in (run_dir / "model.pth", run_dir / ".." / run_dir.name / "model.pth"):
-        with pytest.raises(SystemExit, match=r"model.pth: this run would replace it"):
-            play(TUNE, overwrite=True, pretrained_path=str(path))
+    path = run_dir / ".." / run_dir.name / "model.pth"
+    with pytest.raises(SystemExit, match=r"model.pth: this run would replace it"):
+        play(TUNE, overwrite=True, pretrained_path=str(path))
     assert contents(run_dir) == before
 
 
@@ -78,52 +58,42 @@ def test_an_encoder_that_a_run_needs_survives_overwrite(play, tmp_path):
 
 
 def test_the_loss_is_the_mean_of_an_intervals_updates(play, tmp_path, monkeypatch):
-    losses, update = [], ft.pretrain_update
-
-    def updating(*args):
-        losses.append(update(*args))
-        return losses[-1]
-
-    monkeypatch.setattr(ft, "pretrain_update", updating)
+    losses, loss = [], ft.pretraining_loss
+    spy = lambda *args: losses.append(loss(*args)) or losses[-1]  # noqa: E731
+    monkeypatch.setattr(ft, "pretraining_loss", spy)
     play(PRETRAIN, log_interval=5)
     steps, logged = zip(*scalars(tmp_path / PRETRAIN.dir)["losses/pretraining"], strict=True)
     assert steps == (5, 10, 12)
-    losses = [float(each["loss"]) for each in losses]
-    means = [np.mean(part) for part in (losses[:5], losses[5:10], losses[10:])]
+    means = [sum(part).item() / len(part) for part in (losses[:5], losses[5:10], losses[10:])]
     assert logged == pytest.approx(means)
     assert read_result(tmp_path / PRETRAIN.dir)["final_loss"] == pytest.approx(means[-1])
 
 
-def test_a_pretraining_goes_on_with_as_many_frames(play, tmp_path, videos):
+def test_a_pretraining_goes_on_with_as_many_frames(play, tmp_path):
+    flags = dict(video_dir=str(tmp_path / "videos"))
+    write_video(tmp_path / "videos", 17)
     with pytest.raises(SystemExit):
-        play(PRETRAIN, {5: stop}, video_dir=str(videos))
+        play(PRETRAIN, {5: stop}, **flags)
     before = contents(tmp_path / PRETRAIN.dir)
-    save_array(videos / ft.RECORDED[0], np.zeros((14, 84, 84), np.uint8))
-    save_array(videos / ft.RECORDED[1], np.zeros(14, np.uint8))
+    write_video(tmp_path / "videos", 14)
     with pytest.raises(SystemExit, match="videos of 14 frames, not 17"):
-        play(PRETRAIN, resume=True, video_dir=str(videos))
+        play(PRETRAIN, resume=True, **flags)
     assert contents(tmp_path / PRETRAIN.dir) == before
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_recorded_videos_survive_overwrite(play, tmp_path, given):
-    """Given as --video-dir, or made anew by the same flags: the same bytes."""
+def test_recorded_videos_survive_overwrite(play, tmp_path):
     run_dir = tmp_path / PRETRAIN.dir
     play(PRETRAIN, **RECORD)
-    (run_dir / "mine.txt").write_text("mine")
     before = contents(run_dir)
-    flags = dict(video_dir=str(run_dir)) if given else RECORD
-    play(PRETRAIN, overwrite=True, barlow_weight=0.1, **flags)
+    play(PRETRAIN, overwrite=True, barlow_weight=0.1, video_dir=str(run_dir))
     after = contents(run_dir)
-    assert all(after[name] == before[name] for name in (*ft.RECORDED, "mine.txt"))
-    assert after["model.pth"] != before["model.pth"]
-    assert len(list(run_dir.glob("events*"))) == 1
+    assert [after[name] == before[name] for name in (*ft.RECORDED, "model.pth")] == [1, 1, 0]
 
 
-def test_a_recording_is_used_where_a_checkpoint_vouches_for_it(play, tmp_path, videos, monkeypatch):
+def test_a_recording_is_used_where_a_checkpoint_vouches_for_it(play, tmp_path, monkeypatch):
     """Else it may be of other flags: a run that was killed had no checkpoint yet."""
     run_dir = tmp_path / PRETRAIN.dir
-    videos.rename(run_dir)
+    write_video(run_dir, 17)
     (run_dir / ".lock").touch()
     before = contents(run_dir)
     with pytest.raises(SystemExit, match="holds an unfinished run; pass --resume or --overwrite"):
@@ -138,41 +108,26 @@ def test_a_recording_is_used_where_a_checkpoint_vouches_for_it(play, tmp_path, v
     assert all(contents(run_dir)[name] == anew[name] for name in ft.RECORDED)
 
 
-def test_an_overwrite_that_cannot_begin_loses_nothing(play, tmp_path, videos, data):
-    """With spoilt or truncated videos, too short ones, none, or an encoder as the player."""
+def test_an_overwrite_that_cannot_begin_loses_nothing(play, tmp_path, data):
+    """With videos that are too short, none, or an encoder as the player."""
     play(PRETRAIN)
     before = contents(tmp_path / PRETRAIN.dir)
-    observations, terminals = (videos / name for name in ft.RECORDED)
-    short = gzip.compress(b"") + b"no array"
-    whole = observations.read_bytes(), terminals.read_bytes()
-    kinds = [(whole[0], b""), (whole[0][:20_000], whole[1]), (short, whole[1]), None]
-    for kind in kinds:
-        flags = dict(video_dir=str(videos if kind else tmp_path))
-        if kind:
-            observations.write_bytes(kind[0])
-            terminals.write_bytes(kind[1])
+    write_video(tmp_path / "short", 5)
+    player = dict(collect_policy="checkpoint", collect_model=str(data / "encoder.pth"))
+    videos = [dict(video_dir=str(directory)) for directory in (tmp_path / "short", tmp_path)]
+    for flags in (*videos, RECORD | player):
         with pytest.raises(SystemExit, match=r"^error: [^\n]*$"):
             play(PRETRAIN, overwrite=True, **flags)
         assert contents(tmp_path / PRETRAIN.dir) == before
-    flags = dict(collect_policy="checkpoint", collect_model=str(data / "encoder.pth"))
-    with pytest.raises(SystemExit, match=r"^error: [^\n]*$"):
-        play(PRETRAIN, overwrite=True, **RECORD, **flags)
-    assert contents(tmp_path / PRETRAIN.dir) == before
 
 
-@pytest.mark.parametrize("how", ["a signal", "a full disk"])
-def test_a_recording_that_does_not_end_leaves_nothing_that_counts(tmp_path, data, how):
+def test_a_recording_that_a_signal_ends_leaves_nothing_that_counts(tmp_path, data):
     run_dir, half = tmp_path / PRETRAIN.dir, f"{ft.RECORDED[0]}.tmp"
     flags = flags_of(PRETRAIN, data, run_dir=".", collect_steps=1_000_000)
     del flags["video_dir"]
-    shell = 'ulimit -f 100; trap "" XFSZ;' if how == "a full disk" else ""
-    process = start(PRETRAIN, flags, tmp_path, shell)
-    if how == "a signal":
-        wait_for((run_dir / half).exists, process)
-        process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
-    if how == "a signal":
-        assert process.returncode == -signal.SIGTERM
-    else:
-        assert (process.returncode, error) == (1, "error: [Errno 27] File too large\n")
+    process = start(PRETRAIN, flags, tmp_path)
+    wait_for((run_dir / half).exists, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGTERM
     assert names(run_dir) == {".lock", half}

@@ -35,22 +35,15 @@ def test_ranks_of_matrices_whose_singular_values_are_known():
     assert ranks(matrix([0.9, 0.085, 0.015]))[1] == 3
 
 
-def test_features_of_which_none_or_not_all_are_numbers_have_no_rank():
-    for features in (
-        torch.zeros(3, 2),
-        torch.tensor([[1.0, math.nan]]),
-        torch.full((2, 2), math.inf),
-    ):
-        assert all(math.isnan(rank) for rank in ranks(features))
+@pytest.mark.parametrize("features", [[[0.0, 0.0]], [[1.0, math.nan]], [[math.inf, 1.0]]])
+def test_features_of_which_none_or_not_all_are_numbers_have_no_rank(features):
+    assert all(math.isnan(rank) for rank in ranks(torch.tensor(features)))
 
 
 def test_norms_by_hand():
     assert atari.feature_metrics(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))["feature_norm"] == 3
-    weights, initial = (
-        [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])],
-        [torch.zeros(2), torch.ones(1, 1)],
-    )
-    norms = atari.weight_metrics(weights, initial)
+    weights = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    norms = atari.weight_metrics(weights, [torch.zeros(2), torch.ones(1, 1)])
     assert norms == pytest.approx({"weight_norm": 5, "weight_distance": 18**0.5})
 
 
@@ -83,107 +76,87 @@ def test_dormant_units_of_a_hand_made_network():
 # --- Each script's own ----------------------------------------------------------------------------
 
 
-def make_atari(crelu):
-    """As a run makes it, with a replay of noise: agent, a function that measures."""
-    args = atari.Args(device="cpu", hidden_dim=16, n_atoms=11, seed=5, crelu=crelu)
-    agent, replay, *_ = atari.make_agent(args, atari.make_generators(args)["sampling"])
-    fill(replay, (84, 84), lambda rng: int(rng.integers(3)))
-    generator = torch.Generator().manual_seed(3)
-    return agent, lambda: atari.plasticity_metrics(agent, replay, generator)
-
-
-def make_dmc(crelu):
-    args = dmc.Args(device="cpu", hidden_dim=16, latent_dim=8, image_size=16, seed=5, crelu=crelu)
-    env = SimpleNamespace(action_dim=2, episode_steps=100, frame_shape=(1, 16, 16))
-    agent, replay, *_ = dmc.make_agent(args, env, dmc.make_generators(args))
-    fill(replay, (1, 16, 16), lambda rng: rng.uniform(-1, 1, 2))
-    return agent, lambda: dmc.plasticity_metrics(agent, replay, 7)
-
-
-def fill(replay, shape, draw_action):
-    rng = np.random.default_rng(0)
+def make(script, crelu=True):
+    """As a run makes it, the same at each call: agent, and a replay of noise."""
+    if script is atari:
+        args = atari.Args(device="cpu", hidden_dim=16, n_atoms=11, crelu=crelu)
+        agent, replay, *_ = atari.make_agent(args, atari.make_generators(args)["sampling"])
+        agent.online.sample_noise(agent.generator)  # as after an update; metrics are without
+    else:
+        args = dmc.Args(device="cpu", hidden_dim=16, latent_dim=8, image_size=16, crelu=crelu)
+        env = SimpleNamespace(action_dim=2, episode_steps=100, frame_shape=(1, 16, 16))
+        agent, replay, *_ = dmc.make_agent(args, env, dmc.make_generators(args))
+    rng, shape = np.random.default_rng(0), (84, 84) if script is atari else (1, 16, 16)
     frames = rng.integers(256, size=(301, *shape), dtype=np.uint8)
     replay.start(frames[0])
     for frame in frames[1:]:
-        replay.add(draw_action(rng), float(rng.normal()), False, frame)
+        action = int(rng.integers(3)) if script is atari else rng.uniform(-1, 1, 2)
+        replay.add(action, float(rng.normal()), False, frame)
+    return agent, replay
 
 
-SCRIPTS = {"atari": (atari, make_atari), "dmc": (dmc, make_dmc)}
-SHARED = [*RANKS, "feature_norm", "weight_norm", "weight_distance", "hessian_max_eigenvalue"]
-SHARED += [f"dormant_ratio/{tau}" for tau in (0, 0.025, 0.1)]
+def measure(script, agent, replay):
+    draws = torch.Generator().manual_seed(3) if script is atari else 3
+    return script.plasticity_metrics(agent, replay, draws)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+both_scripts = pytest.mark.parametrize("script", [atari, dmc], ids=["atari", "dmc"])
+
+
+@both_scripts
 def test_metrics_change_nothing_and_know_the_initial_weights(script, monkeypatch):
     """The distance is 0 at first; in a process that goes on from a checkpoint it is the same."""
-    module, make = SCRIPTS[script]
-    agent, measure = make(crelu=True)
-    weights = list(agent.online.parameters())
+    agent, replay = make(script)
     before = {name: tensor.clone() for name, tensor in agent.tensors().items()}
     torch.rand(5)  # what a run has drawn since
     random_state = torch.random.get_rng_state()
-    metrics = measure()
+    metrics = measure(script, agent, replay)
     assert all(torch.equal(tensor, before[name]) for name, tensor in agent.tensors().items())
     assert torch.equal(torch.random.get_rng_state(), random_state)
-    assert set(SHARED) <= set(metrics) and all(math.isfinite(x) for x in metrics.values())
+    ratios = {f"dormant_ratio/{tau}" for tau in (0, 0.025, 0.1)}
+    assert {*RANKS, *ratios, "feature_norm", "hessian_max_eigenvalue"} <= set(metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["weight_distance"] == 0
+    weights = list(agent.online.parameters())
     norm = sum(float(w.detach().double().square().sum()) for w in weights) ** 0.5
     assert metrics["weight_norm"] == pytest.approx(norm, rel=1e-5)
-    monkeypatch.setattr(module, "max_eigenvalue", lambda *_: 0.0)  # it takes long
-    with torch.no_grad():
-        weights[0][0] += 3.0
-    distance = 3 * weights[0][0].numel() ** 0.5
-    assert measure()["weight_distance"] == pytest.approx(distance, rel=1e-5)
-    continued, measure = make(crelu=True)
+    monkeypatch.setattr(script, "max_eigenvalue", lambda *_: 0.0)  # it takes long
+    weights[0].data[0] += 3.0
+    continued, _ = make(script)
     for name, tensor in continued.tensors().items():
         tensor.copy_(agent.tensors()[name])
-    assert measure()["weight_distance"] == pytest.approx(distance, rel=1e-5)
+    distance = pytest.approx(3 * weights[0][0].numel() ** 0.5, rel=1e-5)
+    assert measure(script, agent, replay)["weight_distance"] == distance
+    assert measure(script, continued, replay)["weight_distance"] == distance
 
 
 @pytest.mark.parametrize("crelu", [False, True])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_features_are_what_the_last_hidden_layer_gives_out(script, crelu, monkeypatch):
-    module, make = SCRIPTS[script]
-    agent, measure = make(crelu)
-    samples, seen, original = [], {}, module.feature_metrics
-    gather = module.ReplayBuffer.gather
-    monkeypatch.setattr(
-        module.ReplayBuffer,
-        "gather",
-        lambda self, index: samples.append(gather(self, index)) or samples[-1],
-    )
-    spy = lambda features: seen.update(features=features) or original(features)  # noqa: E731
-    monkeypatch.setattr(module, "feature_metrics", spy)
-    monkeypatch.setattr(module, "max_eigenvalue", lambda loss, *_: seen.update(loss=loss) or 0.0)
-    metrics = measure()
+@both_scripts
+def test_features_are_what_the_last_layer_is_given(script, crelu, monkeypatch):
+    agent, replay = make(script, crelu)
+    weights, seen, generator = list(agent.online.parameters()), {}, torch.Generator().manual_seed(3)
 
-    features = seen["features"]
-    assert features.shape == (1024, 32 if crelu else 16) and not features.requires_grad
-    (sample,) = [sample for sample in samples if len(sample.obs) == 1024]
-    images = sample.obs / 255
-    with torch.no_grad():
-        if script == "dmc":
-            q_values = agent.online.head.q_functions[0][1](features)
-            torch.testing.assert_close(q_values[:, 0], agent.online(images, sample.action)[:, 0])
-        else:
-            layer = agent.online.head.advantage.hidden
-            x = agent.online.backbone(images) @ layer.weight_mu.T + layer.bias_mu
-            expected = torch.cat([x, -x], dim=1) if crelu else x
-            torch.testing.assert_close(features, expected.clamp(min=0))
-    assert ("gradient_norm" in metrics) == (script == "dmc")  # Atari's is among the losses
+    def gradient_norm(loss, *_):
+        gradient = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        return float(nn.utils.get_total_norm([g for g in gradient if g is not None]))
 
+    def see(features):
+        seen["features"] = features
+        return {}
 
-def test_the_gradient_of_dmc_is_that_of_the_critics_loss(monkeypatch):
-    agent, measure = make_dmc(crelu=True)
-    weights = list(agent.online.parameters())
-
-    def backward(loss, *_):
-        for w in weights:
-            w.grad.zero_()
-        loss.backward(retain_graph=True)
-        return 0.0
-
-    monkeypatch.setattr(dmc, "max_eigenvalue", backward)
-    measured = measure()["gradient_norm"]
-    norm = sum(float(w.grad.double().square().sum()) for w in weights) ** 0.5
-    assert measured == pytest.approx(norm, rel=1e-4)
+    monkeypatch.setattr(script, "max_eigenvalue", gradient_norm)
+    monkeypatch.setattr(script, "feature_metrics", see)
+    metrics = measure(script, agent, replay)
+    if script is atari:
+        replay.sample_uniform(512, generator)  # for the other metrics
+        inputs, last = [replay.sample_uniform(1024, generator).obs / 255], "advantage.output"
+    else:
+        sample = replay.sample(1024, generator)
+        inputs, last = [sample.obs / 255, sample.action], "q_functions.0.1"
+        norm = pytest.approx(metrics["hessian_max_eigenvalue"], rel=1e-4)
+        assert metrics["gradient_norm"] == norm  # Atari's is among the losses
+    last_layer = agent.online.head.eval().get_submodule(last)
+    last_layer.register_forward_pre_hook(lambda module, given: seen.update(given=given[0]))
+    agent.online(*inputs)
+    assert seen["features"].shape == (1024, 32 if crelu else 16)
+    torch.testing.assert_close(seen["features"], seen["given"].detach())
