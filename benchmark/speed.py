@@ -10,8 +10,8 @@ Figures of each method, printed and in --json; those that end in _ms are medians
 - eager_update_ms, parts_ms: an update without a graph, and its parts (CUDA: it waits for the device
   around each part). Of parts within parts the outer one counts; what no part covers is "other"
 - full_run_hours_without_evaluation: all updates and steps of a run, one after the other
-- memory_gib: by how much the peak grew until a method had made an update (CPU: of the process, so
-  that the first method pays for PyTorch)
+- memory_gib: what a method takes until it has made an update (CUDA: at its peak; CPU: by how much
+  the process grew, so that the first method pays for PyTorch)
 
 Machines drift, so all methods of a script are held ready (about 1 GB each) and take turns. Nothing
 else should run. Other than in a run, actions are random, DMC's replay buffer is small, the
@@ -248,10 +248,10 @@ def take_turn(subject: Subject, script: str, repeats: int, device: str) -> dict:
 
 
 def memory_gib(device: str) -> float:
-    """Peak of the device's memory since it was last reset; CPU: of the process."""
+    """Peak of the device's memory since it was last reset; CPU: what the process holds now."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
 
 
 def summarise(subject: Subject, turns: list[dict]) -> dict:
