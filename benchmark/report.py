@@ -98,6 +98,7 @@ class Args:
     scores: Path | None = None  # a CSV file of method, task, seed, score instead of runs
     benchmark: Literal["atari", "dmc"] = "atari"  # what the scores are of
     plot: Path | None = None  # draw figures in this directory
+    csv: Path | None = None  # write each run's score to this file, which --scores reads
     last: int = 5  # stages at the end over which the synthetic experiment's accuracy is averaged
     reps: int = 2_000  # bootstrap samples
     runs_per_gpu: int = 1  # runs that shared a GPU: their hours are divided by it (appendix A.1)
@@ -132,6 +133,7 @@ def read_run(result: dict) -> dict:
         return row | {"setting": f"{result['learning_rate']:g}, {result['weight_decay']:g}"}
     row |= {"task": result["env_id"], "seed": result["seed"], "steps": result["env_steps"]}
     row |= {"args": args, "score": result["mean_return"], "returns": result["episode_returns"]}
+    row |= {"commit": result.get("git_commits", [result.get("git_commit")])[-1]}
     row |= {"hours": result["wall_clock_seconds"] / 3600}
     return row | {"parameters": result["parameters"] / 1e6}
 
@@ -179,7 +181,8 @@ def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
         needs = f"needs tasks of {benchmark}, finite scores, each once"
         sys.exit(f"error: --scores {path}: line {right.idxmin() + 2}: {needs}")
     runs = runs.rename(columns={"method": "exp_name"}).assign(benchmark=benchmark, path=path)
-    return runs.assign(args=[{}] * len(runs), steps=np.nan, hours=np.nan, parameters=np.nan)
+    runs = runs.assign(args=[{}] * len(runs), steps=np.nan, hours=np.nan)
+    return runs.assign(parameters=np.nan, commit="")
 
 
 def check(runs: pd.DataFrame, names: Iterable[str] = ()) -> None:
@@ -487,6 +490,9 @@ def report(args: Args) -> int:
         learning = with_curves(runs)
         if args.table is None:
             show_returns(learning)
+    if args.csv is not None:
+        columns = ["method", "task", "seed", "score", "steps", "commit"]
+        runs.rename(columns={"exp_name": "method"})[columns].to_csv(args.csv, index=False)
     if args.plot is not None:
         plot.draw(args.plot, learning, late, title, of, paper("table2_scaling"), tables)
     return int(any(refused))

@@ -42,7 +42,7 @@ def write_run(runs, task, exp_name, seed, score, script=ATARI, steps=100_000, sc
     """A run's directory; `scalars` {tag: [(step, value)]}."""
     result = dict(script=script, env_id=task, exp_name=exp_name, seed=seed, mean_return=score)
     result |= dict(episode_returns=[score - 1, score + 1], env_steps=steps, parameters=6_800_000)
-    result |= dict(args={"learning_starts": 100, "replay_ratio": 2} | args)
+    result |= dict(args={"learning_starts": 100, "replay_ratio": 2} | args, git_commits=["a", "b"])
     directory = runs / f"{task}__{exp_name}__{seed}"
     write(directory, result | {"wall_clock_seconds": 7200.0})
     if scalars:
@@ -183,6 +183,17 @@ def test_flags_that_make_no_sense(flags):
 
 
 SCORES = "method,task,seed,score\n"
+
+
+def test_scores_are_written_as_they_are_read(tmp_path):
+    for seed, score in ((1, 500), (2, 7000.5)):
+        write_run(tmp_path, "Alien", "base", seed, score)
+    table(tmp_path, "--csv", tmp_path / "scores.csv")
+    first, *lines = (tmp_path / "scores.csv").read_text().split()
+    assert first == "method,task,seed,score,steps,commit"
+    assert lines == ["base,Alien,1,500.0,100000,b", "base,Alien,2,7000.5,100000,b"]
+    runs = report.read_scores(tmp_path / "scores.csv", "atari")
+    assert runs.score.tolist() == [500, 7000.5] and runs.seed.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("content, words", [
