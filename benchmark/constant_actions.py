@@ -1,12 +1,12 @@
-"""What a game pays for holding one action all the time: the score that a policy has to beat to have learned to see.
+"""What a game pays for holding one action: what a policy has to beat to have learned to see.
 
     python benchmark/constant_actions.py --env-id Krull
     python benchmark/constant_actions.py --env-id Krull --seed 2 --eval-episodes 30
 
-Every action of the game plays the evaluation that ends a training run with the same --seed, --eval-episodes and
---eval-epsilon, the same games from the same starts. The best action's returns, beside all others, go to result.json in
-runs/<game>__constant__<seed>, where benchmark/report.py finds them. (Bellemare et al., 2013, compare with the same
-baseline, "Const".)
+Every action of the game plays the evaluation that ends a training run with the same --seed,
+--eval-episodes and --eval-epsilon, the same games from the same starts. The best action's returns,
+beside all others, go to result.json in runs/<game>__constant__<seed>, where benchmark/report.py
+finds them. (Bellemare et al., 2013, compare with the same baseline, "Const".)
 """
 
 import json
@@ -37,13 +37,13 @@ class Args:
     overwrite: bool = False  # replace a result that is there
 
     def __post_init__(self) -> None:
-        """As the training script checks its flags. tyro prints a ValueError and ends with code 2."""
+        """As the training script checks its flags. tyro prints a ValueError, exit code 2."""
         names = ("env_id", "seed", "eval_episodes", "eval_epsilon")
         self.settings = script.Args(device="cpu", **{name: getattr(self, name) for name in names})
 
 
 class ConstantAction:
-    """Stands in for the network in the script's evaluate(): the same action has the highest value everywhere."""
+    """Stands in for evaluate()'s network: one action has the highest value everywhere."""
 
     support = torch.zeros(1)  # tells evaluate() the device
     head = torch.nn.Identity()  # of which evaluate() switches the noise
@@ -72,13 +72,21 @@ def main(args: Args) -> None:
         print(f"action {action}: {script.summary(args.env_id, returns[-1])}", flush=True)
     means = [float(np.mean(values)) for values in returns]
     best = int(np.argmax(means))
+    flags = dict(eval_episodes=args.eval_episodes, eval_epsilon=args.eval_epsilon, action=best)
     result = {
-        "script": "plastic_drq_rainbow_atari.py", "exp_name": "constant", "env_id": args.env_id, "seed": args.seed,
-        "args": {"eval_episodes": args.eval_episodes, "eval_epsilon": args.eval_epsilon, "action": best},
-        "env_steps": 0, "parameters": 0, "episode_returns": returns[best], "mean_return": means[best],
-        "episode_returns_by_action": returns, "wall_clock_seconds": time.perf_counter() - start_time,
+        "script": "plastic_drq_rainbow_atari.py",
+        "exp_name": "constant",
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "args": flags,
+        "env_steps": 0,
+        "parameters": 0,
+        "episode_returns": returns[best],
+        "mean_return": means[best],
+        "episode_returns_by_action": returns,
+        "wall_clock_seconds": time.perf_counter() - start_time,
         "git_commit": script.git_commit(),
-    }  # fmt: skip
+    }
     content = json.dumps(result, indent=2).encode()
     script.write_atomically(path, lambda file: file.write(content))
     print(f"best: action {best}, {script.summary(args.env_id, returns[best])}; {path}")

@@ -1,14 +1,15 @@
-"""What a linear readout finds in the features of a pretrained encoder, beside the same encoder before its pretraining.
+"""What a linear readout finds in an encoder's features, after and before its pretraining.
 
     python benchmark/linear_probe.py --env-id Pong --model runs/Pong__pretrain__1/model.pth
 
-A random policy plays 16 games' worth of frames, which the encoder was not trained on; the console's memory (EnvPool's
-info["ram"]) tells where ball and paddles were. A ridge regression from the features of a stack of frames to each of
-these is fitted on 10 environments, its penalty chosen on 2 more, and R^2 is that on the last 4; without a ball in play,
-nothing counts.
-For comparison: the encoder as its pretraining found it (the weights of its seed; its residual blocks give nothing yet,
-so that it is linear); the same with blocks that give something (the last BatchNorm of each with scale 1, all with the
-statistics of these frames); and as many raw values, the stack in 28x28 pixels.
+A random policy plays 16 games' worth of frames, which the encoder was not trained on; the
+console's memory (EnvPool's info["ram"]) tells where ball and paddles were. A ridge regression from
+the features of a stack of frames to each of these is fitted on 10 environments, its penalty chosen
+on 2 more, and R^2 is that on the last 4; without a ball in play, nothing counts.
+For comparison: the encoder as its pretraining found it (the weights of its seed; its residual
+blocks give nothing yet, so that it is linear); the same with blocks that give something (the last
+BatchNorm of each with scale 1, all with the statistics of these frames); and as many raw values,
+the stack in 28x28 pixels.
 """
 
 import copy
@@ -61,9 +62,9 @@ class Args:
 
 
 def play(env_id: str, samples: int, seed: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Stacks uint8 [n, 4, 84, 84] of random play, the state float [n, values], the environments' numbers [n].
+    """Random play: stacks uint8 [n, 4, 84, 84], state float [n, values], environments' numbers [n].
 
-    Those without a ball in play, which its vertical position 0 tells, are left out: n is below `samples`.
+    Those without a ball in play (its vertical position is 0) are left out: n is below `samples`.
     """
     envs = script.make_envs(env_id, NUM_ENVS, seed)
     rng = np.random.default_rng(seed)
@@ -73,10 +74,7 @@ def play(env_id: str, samples: int, seed: int) -> tuple[Tensor, np.ndarray, np.n
     for step in range(4 * samples // NUM_ENVS):
         actions = rng.integers(envs.action_space.n, size=NUM_ENVS).astype(np.int32)
         frames, _, _, _, info = envs.step(actions)
-        new_game = (
-            info["elapsed_step"] == 0
-        )  # the step after a game's end gives the next one's first frame
-        stack[new_game] = 0
+        stack[info["elapsed_step"] == 0] = 0  # after a game's end: the next one's first frame
         stack = np.concatenate([stack[:, 1:], frames], axis=1)
         if step % 4 == 3:
             stacks.append(stack)
@@ -92,14 +90,13 @@ def play(env_id: str, samples: int, seed: int) -> tuple[Tensor, np.ndarray, np.n
 def encode(encoder: torch.nn.Module, stacks: Tensor) -> np.ndarray:
     """Features, float64 [n, 3136]."""
     encoder = encoder.eval().to(memory_format=torch.channels_last)
-    return (
-        torch.cat([encoder(script.to_images(part)) for part in stacks.split(500)]).double().numpy()
-    )
+    features = [encoder(script.to_images(part)) for part in stacks.split(500)]
+    return torch.cat(features).double().numpy()
 
 
 @torch.no_grad()
 def random_blocks(encoder: torch.nn.Module, stacks: Tensor) -> torch.nn.Module:
-    """The same untrained encoder, not linear: scales of 1, and BatchNorm's statistics those of about 2,000 stacks."""
+    """The same untrained encoder, not linear: scales of 1, statistics of about 2,000 stacks."""
     # Not channels last: BatchNorm's sums would lose most digits there, on a CPU.
     encoder = copy.deepcopy(encoder).train().to(memory_format=torch.contiguous_format)
     for module in encoder.modules():
@@ -111,9 +108,10 @@ def random_blocks(encoder: torch.nn.Module, stacks: Tensor) -> torch.nn.Module:
 
 
 def r_squared(features: np.ndarray, state: np.ndarray, envs: np.ndarray) -> np.ndarray:
-    """Share of the variance in the last environments that ridge regression explains: [n, D], [n, values] -> [values].
+    """Share of the last environments' variance explained: [n, D], [n, values] -> [values].
 
-    With the features' covariance diagonalised once, each penalty costs one division. Each value has its own.
+    Ridge regression: with the features' covariance diagonalised once, each penalty costs one
+    division. Each value has its own.
     """
     training, validation = np.isin(envs, TRAINING), np.isin(envs, VALIDATION)
     test = ~training & ~validation
@@ -125,9 +123,8 @@ def r_squared(features: np.ndarray, state: np.ndarray, envs: np.ndarray) -> np.n
         basis @ (projected / (eigenvalues.clip(0) + penalty)[:, None])
         for penalty in 10.0 ** np.arange(-1, 7)
     ]
-    errors = [
-        np.square(x[validation] @ w - y[validation]).mean(0) for w in weights
-    ]  # [penalties][values]
+    # [penalties][values]
+    errors = [np.square(x[validation] @ w - y[validation]).mean(0) for w in weights]
     best = np.stack(weights)[np.argmin(errors, axis=0), :, np.arange(y.shape[1])].T
     return 1 - np.square(x[test] @ best - y[test]).mean(0) / y[test].var(0)
 
@@ -149,21 +146,14 @@ def main(args: Args) -> None:
         name: {kind: column[i] for kind, column in columns.items()}
         for i, name in enumerate(RAM[args.env_id])
     }
-    print(
-        f"| R^2, {args.env_id} | " + " | ".join(features) + " |\n|" + "---|" * (1 + len(features))
-    )
+    print(f"| R^2, {args.env_id} | " + " | ".join(features) + " |")
+    print("|" + "---|" * (1 + len(features)))
     for name, row in figures.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
     if args.json is not None:
-        content = {
-            "model": args.model.name,
-            "env_id": args.env_id,
-            "samples": len(state),
-            "r_squared": figures,
-        }
-        script.write_atomically(
-            args.json, lambda file: file.write(json.dumps(content, indent=2).encode())
-        )
+        content = dict(model=args.model.name, env_id=args.env_id, samples=len(state))
+        text = json.dumps(content | {"r_squared": figures}, indent=2)
+        script.write_atomically(args.json, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

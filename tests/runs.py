@@ -8,9 +8,12 @@ import sys
 import time
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import plastic_drq_rainbow_atari as atari
 import plastic_drq_sac_dmc as dmc
@@ -220,3 +223,23 @@ def wait_for(condition, process, seconds=60):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+# --- CUDA graphs without CUDA ---------------------------------------------------------------------
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on the operations that would make the host wait for a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        assert not name.startswith(self.WAITING), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def stand_in_cuda(monkeypatch):
+    """capture() warms up and runs for real; what it captures is nothing."""
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())

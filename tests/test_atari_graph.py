@@ -1,18 +1,16 @@
-"""The captured update: what a CUDA graph needs of the code, checked on the CPU; its numbers, where there is CUDA.
+"""The captured update: what a CUDA graph needs of the code, on the CPU; its numbers, with CUDA.
 
 Of plastic_drq_rainbow_atari.py, and of the same update on a pretrained encoder.
 """
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from runs import NoHostSync, stand_in_cuda
 
 import plastic_drq_rainbow_atari as atari
 import plastic_pretrained_finetune as finetune
@@ -29,7 +27,7 @@ NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 def make(device="cpu", graphs=False, **flags):
-    """Agent and empty buffer, the same ones at each call, with update() and act(), as CUDA graphs or not."""
+    """Agent and empty buffer, the same at each call, with update() and act(), as graphs or not."""
     sizes = dict(hidden_dim=16, n_atoms=11, batch_size=4, buffer_size=300, shrink_perturb_alpha=0.6)
     generator = torch.Generator(device).manual_seed(0)
     torch.manual_seed(0)
@@ -72,17 +70,6 @@ def test_everything_stays_where_it_is_through_updates_steps_and_resets(flags):
     assert pointers() == before
 
 
-class NoHostSync(TorchDispatchMode):
-    """Fails on the operations that would make the host wait for a GPU."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        assert not name.startswith(self.NAMES), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @EACH_METHOD
 def test_the_update_does_not_wait_for_the_device(flags):
     _, replay, update, act = make(**flags)
@@ -94,21 +81,13 @@ def test_the_update_does_not_wait_for_the_device(flags):
         replay.max_priority.item()
 
 
-@pytest.fixture
-def stand_in_cuda(monkeypatch):
-    """Takes the place of CUDA graphs where there is no CUDA."""
-    for name in ("CUDAGraph", "Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
-
-
 @EACH_METHOD
-def test_a_capture_leaves_no_trace(stand_in_cuda, flags):
+def test_a_capture_leaves_no_trace(monkeypatch, flags):
     """With stand-ins for CUDA's part, warm-up and capture run for real: training goes on as if not.
 
     The buffer is empty then, so that the warm-up's weights become nan.
     """
+    stand_in_cuda(monkeypatch)
     results = []
     for graphs in (False, True):
         agent, replay, update, act = make(graphs=graphs, **flags)

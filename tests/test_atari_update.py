@@ -70,7 +70,7 @@ def slow_layer_norm(x, weight, bias):
 
 
 def slow_forward(w, obs, args, noise):
-    """Log-probabilities from a dictionary of weights; noisy weights are composed as outer products."""
+    """Log-probabilities from a dictionary of weights; noisy weights are outer products."""
 
     def act(x, crelu):
         return torch.cat([x.clamp(min=0), (-x).clamp(min=0)], 1) if crelu else x.clamp(min=0)

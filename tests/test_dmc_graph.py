@@ -3,13 +3,12 @@
 import os
 import runpy
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from runs import NoHostSync, stand_in_cuda
 from test_dmc import BASE, add_step, fill
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import plastic_drq_sac_dmc as dmc
 
@@ -47,17 +46,6 @@ def trace(*args, **flags):
     return seen + everything(agent, replay)
 
 
-class NoHostSync(TorchDispatchMode):
-    """Fails on the operations that would make the host wait for a GPU."""
-
-    waiting = "_local_scalar_dense nonzero masked_select is_nonzero equal".split()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names = tuple(f"aten.{name}" for name in self.waiting)
-        assert not str(func).startswith(names), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_update_and_action_do_not_wait_and_everything_stays_where_it_is(method):
     agent, replay, update, act = make(**METHODS[method])
@@ -83,8 +71,7 @@ def test_update_and_action_do_not_wait_and_everything_stays_where_it_is(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_capture_leaves_no_trace(monkeypatch, method):
     """With stand-ins for CUDA's part, warm-up and capture run for real, on an empty buffer."""
-    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    stand_in_cuda(monkeypatch)
     results = []
     for graphs in (False, True):
         agent, replay, update, act = make(graphs=graphs, **METHODS[method])

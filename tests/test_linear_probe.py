@@ -50,7 +50,7 @@ def test_the_stacks_and_the_state_belong_together():
 
 
 def test_random_blocks_have_the_statistics_of_the_frames_to_five_digits():
-    """The encoder comes as encode() leaves it. By hand, in double precision, for the first layer."""
+    """The encoder comes as encode() leaves it. By hand, in double precision, the first layer."""
     stacks = torch.randint(256, (50, 4, 84, 84), dtype=torch.uint8)
     stacks[..., 10:, :] = 87  # a plain background, as games have it
     encoder = linear_probe.script.Backbone()

@@ -8,15 +8,14 @@ import os
 import pickle
 import struct
 import tarfile
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import NoHostSync, stand_in_cuda
 from torch import nn
 from torch.nn.utils import vector_to_parameters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import synth_cifar_plasticity as synth
 
@@ -333,15 +332,6 @@ def test_every_replica_equals_a_plain_loop(data_dir, grouping, double_precision,
             torch.testing.assert_close(replicas.slow[r], slow, rtol=1e-8, atol=1e-12)
 
 
-class NoHostSync(TorchDispatchMode):
-    """Fails on the operations that would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for waiting in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
-            assert not str(func).startswith(f"aten.{waiting}."), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "grouping", ["cuda" if torch.cuda.is_available() else "all at once"], indirect=True
 )
@@ -356,8 +346,7 @@ def test_a_cuda_graph_does_what_the_eager_update_does(data_dir, grouping, method
 
     if grouping != "cuda":
         monkeypatch.setattr(synth, "capture", stand_in)
-        for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, MagicMock())
+        stand_in_cuda(monkeypatch)
     for graph in (False, True):
         args = make_args(data_dir, cuda_graph=graph, **METHODS[method])
         args.device = "cuda"
