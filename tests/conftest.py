@@ -1,7 +1,7 @@
 """Fixtures of several files, and what holds for all tests.
 
-One thread per process: the networks are small, and other work may share the cores. Ctrl-C as a
-terminal has it: a shell starts background jobs with SIGINT ignored, which their children inherit.
+One thread per process: the networks are small, and other work may share the cores. Ctrl-C and
+hang-up as a terminal has them: background jobs and nohup ignore them, which children inherit.
 """
 
 import functools
@@ -14,6 +14,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Event files of one second are read in the order of their names, which end with a counter: 99 comes
 # after 100. Runs have a process each; tests make many files in one.
