@@ -174,7 +174,7 @@ def bars(rows: list[dict], ylabel: str, path: Path, title: str = "") -> None:
         axis.set_title(panel)
     axes[0, 0].set_ylabel(ylabel)
     figure.suptitle(title)
-    if len(tasks) > 1:
+    if any(tasks):
         colours = [Patch(color=f"C{i}") for i in range(len(tasks))]
         figure.legend(colours, tasks, loc="outside right center")
     save(figure, path)

@@ -133,6 +133,8 @@ def read_run(result: dict) -> dict:
         return row | {"setting": f"{result['learning_rate']:g}, {result['weight_decay']:g}"}
     row |= {"task": result["env_id"], "seed": result["seed"], "steps": result["env_steps"]}
     row |= {"args": args, "score": result["mean_return"], "returns": result["episode_returns"]}
+    if not np.isfinite([row["score"], *row["returns"]]).all():
+        raise ValueError("mean_return or episode_returns")
     row |= {"commit": result.get("git_commits", [result.get("git_commit")])[-1]}
     row |= {"hours": result["wall_clock_seconds"] / 3600}
     return row | {"parameters": result["parameters"] / 1e6}
@@ -157,7 +159,7 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
             result = json.loads(path.read_bytes())
             if result["args"].get("mode") != "pretrain":
                 rows.append({"path": path.parent} | read_run(result))
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             say(f"left out: {path}, not a whole result of these scripts ({error!r})")
     if not rows:
         sys.exit(f"error: {' '.join(map(str, directories))}: no results there")
@@ -172,7 +174,8 @@ def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
     """The same table from a CSV file with the columns method, task, seed, score."""
     columns = ["method", "task", "seed", "score"]
     try:
-        runs = pd.read_csv(path)[columns].astype({"method": str, "score": float})
+        file = pd.read_csv(path, dtype={"method": str}, keep_default_na=False)
+        runs = file[columns].astype({"score": float})
     except (ValueError, KeyError) as error:  # pandas' own among them
         sys.exit(f"error: --scores {path}: needs columns {', '.join(columns)} ({error})")
     right = runs.task.isin(ALL_TASKS[benchmark]) & np.isfinite(runs.score)
@@ -181,8 +184,9 @@ def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
         needs = f"needs tasks of {benchmark}, finite scores, each once"
         sys.exit(f"error: --scores {path}: line {right.idxmin() + 2}: {needs}")
     runs = runs.rename(columns={"method": "exp_name"}).assign(benchmark=benchmark, path=path)
-    runs = runs.assign(args=[{}] * len(runs), steps=np.nan, hours=np.nan)
-    return runs.assign(parameters=np.nan, commit="")
+    runs = runs.assign(args=[{}] * len(runs), hours=np.nan)
+    steps = pd.to_numeric(file["steps"], errors="coerce") if "steps" in file else np.nan
+    return runs.assign(parameters=np.nan, steps=steps, commit="")
 
 
 def check(runs: pd.DataFrame, names: Iterable[str] = ()) -> None:
@@ -192,7 +196,9 @@ def check(runs: pd.DataFrame, names: Iterable[str] = ()) -> None:
     """
     settings = pd.DataFrame([{"steps": run.steps} | run.args for run in runs.itertuples()])
     apart = APART | BY_TASK if (runs.benchmark == "dmc").any() else APART
-    for name in names or settings.columns.difference(list(apart)):
+    flags = settings.columns
+    flags = flags.intersection(names) if names else flags.difference(list(apart))
+    for name in flags:
         values = settings[name].astype(str).set_axis(runs.path)
         others = values[values != values.iloc[0]]
         if len(others):
@@ -200,7 +206,7 @@ def check(runs: pd.DataFrame, names: Iterable[str] = ()) -> None:
             sys.exit(f"error: runs cannot be put together, {name} differs: {one}, {other}")
     for run in runs.itertuples():
         parts = run.exp_name.replace("plastic", "ln_sam_crelu_reset").split("_")
-        if parts[0] not in {"base", *FLAGS} or "layer_norm" not in run.args:
+        if parts[0] not in {"base", *FLAGS} or "drq" in parts or "layer_norm" not in run.args:
             continue
         if any((part in parts) != bool(run.args.get(flag)) for part, flag in FLAGS.items()):
             sys.exit(f"error: {run.path}: its flags are not those of {run.exp_name}")
@@ -231,9 +237,12 @@ def score_matrix(runs: pd.DataFrame) -> np.ndarray:
     fewest, most = counts.min(), counts.max()
     if fewest < most:
         say(f"{runs.exp_name.iloc[0]}: the first {fewest} seeds of each task (of up to {most})")
-    by_task = runs.sort_values("seed").groupby("task").score
+    runs = runs.sort_values("seed").groupby("task").head(fewest)
+    by_task = runs.groupby("task")
+    if by_task.seed.apply(frozenset).nunique() > 1:
+        say(f"{runs.exp_name.iloc[0]}: tasks have different seeds")
     tasks = [task for task in ALL_TASKS[runs.benchmark.iloc[0]] if task in counts]
-    return np.array([by_task.get_group(task)[:fewest] for task in tasks]).T
+    return np.array([by_task.score.get_group(task) for task in tasks]).T
 
 
 def aggregates(scores: np.ndarray, benchmark: str, reps: int) -> dict[str, tuple]:
@@ -299,7 +308,7 @@ def show(title: str, rows: list[dict] | pd.DataFrame, digits: int) -> None:
             return value if low == "nan" else f"{value} [{low}, {high}]"
         if pd.isna(cell):
             return ""
-        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell).replace("|", "\\|")
 
     table = pd.DataFrame(rows)
     if title:
@@ -418,7 +427,11 @@ def show_returns(runs: pd.DataFrame) -> None:
     rows, measured = [], []
     by = ["benchmark", "task", "exp_name", "steps"]
     for (benchmark, task, name, steps), own in runs.groupby(by, sort=False):
-        check(own)
+        try:
+            check(own)
+        except SystemExit as error:
+            say(f"{name} on {task} left out: {error}")
+            continue
         random, constant, late = plot.random_returns(own), own.constant.iloc[0], own.late.sum()
         which = {"task": task, "run": name, "steps": f"{steps:,}"}
         row = dict(which)
@@ -437,6 +450,8 @@ def show_returns(runs: pd.DataFrame) -> None:
             row[title] = f"{np.median(late):.3g}" if late else ""
         if own:
             measured.append(row)
+    if not rows:
+        sys.exit("error: no runs that can be put together")
     show("Returns", rows, 1)
     if measured:
         show("Plasticity, the median of each run's second half", measured, 3)
@@ -491,7 +506,10 @@ def report(args: Args) -> int:
         if args.table is None:
             show_returns(learning)
     if args.csv is not None:
+        if runs.empty or runs.benchmark.nunique() > 1:
+            sys.exit("error: --csv: needs runs of one benchmark, not of the synthetic experiment")
         columns = ["method", "task", "seed", "score", "steps", "commit"]
+        runs = runs[runs.args.map(fixed_policy) == ""]
         runs.rename(columns={"exp_name": "method"})[columns].to_csv(args.csv, index=False)
     if args.plot is not None:
         plot.draw(args.plot, learning, late, title, of, paper("table2_scaling"), tables)
@@ -519,7 +537,7 @@ def main(args: Args) -> int:
     """The exit code; a file that cannot be read or written ends it with one line."""
     try:
         return report(args) if args.readme is None else redraw(args.readme)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: {error}")
 
 

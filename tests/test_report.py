@@ -138,7 +138,8 @@ def test_synthetic_runs_that_do_not_compare(tmp_path):
 # --- What is read ---
 
 
-@pytest.mark.parametrize("change", ["{", "\xff", {"script": "my_copy.py"}, {"exp_name": ...}])
+@pytest.mark.parametrize("change", ["{", "\xff", {"script": "my_copy.py"}, {"exp_name": ...},
+                                    {"mean_return": None}, {"args": []}])  # fmt: skip
 def test_what_is_no_whole_result_of_these_scripts_is_left_out(tmp_path, change):
     write_run(tmp_path, "Pong", "base", 1, 1.0)
     write_run(tmp_path / "x", "Pong", "base", 2, 1.0)
@@ -159,8 +160,11 @@ def test_runs_that_cannot_be_put_together(tmp_path):
     write_run(tmp_path / "b", "Pong", "base", 1, 2.0)
     assert "are the same run" in refused(tmp_path)
     write_run(tmp_path / "a", "Pong", "base", 2, 1.0, replay_ratio=4)
-    for flags in ((), ("--table", "4"), ("--table", "7")):
-        assert "replay_ratio differs: 2 in " in refused(tmp_path / "a", *flags)
+    for table_number in (4, 7):
+        assert "replay_ratio differs: 2 in " in refused(tmp_path / "a", "--table", table_number)
+    write_run(tmp_path / "a", "Alien", "base", 1, 1.0)  # the plain report has the others
+    (rows,), error = table(tmp_path / "a")
+    assert [row["task"] for row in rows] == ["Alien"] and "replay_ratio differs" in error
     flags = dict(layer_norm=True, reset_interval=9, sam_rho=0)
     write_run(tmp_path / "c", "Pong", "ln_reset", 1, 1.0, crelu=True, **flags)
     assert "not those of ln_reset" in refused(tmp_path / "c", "--table", "2")
@@ -194,6 +198,17 @@ def test_scores_are_written_as_they_are_read(tmp_path):
     assert lines == ["base,Alien,1,500.0,100000,b", "base,Alien,2,7000.5,100000,b"]
     runs = report.read_scores(tmp_path / "scores.csv", "atari")
     assert runs.score.tolist() == [500, 7000.5] and runs.seed.tolist() == [1, 2]
+    write_run(tmp_path, "Alien", "random", 1, 9, eval_epsilon=1)  # no method
+    table(tmp_path, "--csv", tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text().split()[1:] == lines
+    write_run(tmp_path, "walker-run", "base", 1, 9, DMC)
+    assert "one benchmark" in refused(tmp_path, "--csv", tmp_path / "again.csv")
+    (tmp_path / "scores.csv").write_text("\n".join([first, *lines, "base,Alien,3,9,20000,b"]))
+    flags = ("--scores", tmp_path / "scores.csv", "--allow-missing")
+    assert "steps differs" in refused(*flags)
+    (tmp_path / "scores.csv").write_text(SCORES + "010,Pong,1,20\n10,Pong,2,20\nNA,Pong,1,20\n")
+    (rows,), _ = table(*flags)
+    assert [row["method"] for row in rows] == ["010", "10", "NA"]
 
 
 @pytest.mark.parametrize("content, words", [
