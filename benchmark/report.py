@@ -206,6 +206,7 @@ def check(runs: pd.DataFrame, names: Iterable[str] = ()) -> None:
             sys.exit(f"error: runs cannot be put together, {name} differs: {one}, {other}")
     for run in runs.itertuples():
         parts = run.exp_name.replace("plastic", "ln_sam_crelu_reset").split("_")
+        # A script's own name, the default, says nothing of interventions.
         if parts[0] not in {"base", *FLAGS} or "drq" in parts or "layer_norm" not in run.args:
             continue
         if any((part in parts) != bool(run.args.get(flag)) for part, flag in FLAGS.items()):

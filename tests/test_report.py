@@ -168,6 +168,9 @@ def test_runs_that_cannot_be_put_together(tmp_path):
     flags = dict(layer_norm=True, reset_interval=9, sam_rho=0)
     write_run(tmp_path / "c", "Pong", "ln_reset", 1, 1.0, crelu=True, **flags)
     assert "not those of ln_reset" in refused(tmp_path / "c", "--table", "2")
+    name = "plastic_drq_rainbow_atari"  # the default, which says nothing of the flags
+    write_run(tmp_path / "f", "Pong", name, 1, 1.0, crelu=False, **flags)
+    assert table(tmp_path / "f")[0][0][0]["run"] == name
     write_run(tmp_path / "d", "Pong", "ln_reset", 1, 1.0, crelu=False, **flags)
     write_run(tmp_path / "d", "Pong", "ln_reset", 2, 1.0, crelu=False, device="cuda", **flags)
     (rows,), _ = table(tmp_path / "d", "--table", "2", "--allow-missing")
@@ -345,10 +348,12 @@ def test_missing_tasks_are_refused_or_said(tmp_path):
     matrix = np.array([[normal(task, score) for task in games] for score in returns])
     assert row["mean"][0] == pytest.approx(matrix.mean())
     assert row["optimality gap"][0] == pytest.approx(np.mean(np.maximum(1 - matrix, 0)))
-    assert "the first 2 seeds of each task (of up to 3)" in error
+    assert "the first 2 seeds of each task (of up to 3)" in error and "different" not in error
     assert "runs of 2 of 26 tasks" in error
     assert (row["GPU hours"], row["GPU hours, paper"]) == (0.5, 0.5)
     assert row["million parameters"] == 6.8
+    write_run(tmp_path, "Pong", "ln_reset", 0, 7.0, steps=20_000)  # seeds 0 and 1, Alien's 1 and 2
+    assert "different seeds" in table(tmp_path, "--table", "2", "--allow-missing")[1]
 
 
 def test_the_exit_code_of_a_refused_aggregate(tmp_path, monkeypatch, capsys):
