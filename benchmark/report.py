@@ -171,18 +171,24 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
 
 
 def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
-    """The same table from a CSV file with the columns method, task, seed, score."""
+    """The same table from a CSV file with the columns method, task, seed, score.
+
+    The file may hold both benchmarks; the rows of the other one are left out.
+    """
     columns = ["method", "task", "seed", "score"]
     try:
         file = pd.read_csv(path, dtype={"method": str}, keep_default_na=False)
         runs = file[columns].astype({"score": float})
     except (ValueError, KeyError) as error:  # pandas' own among them
         sys.exit(f"error: --scores {path}: needs columns {', '.join(columns)} ({error})")
-    right = runs.task.isin(ALL_TASKS[benchmark]) & np.isfinite(runs.score)
+    right = runs.task.isin(ALL_TASKS["atari"] + ALL_TASKS["dmc"]) & np.isfinite(runs.score)
     right &= ~runs.duplicated(columns[:3])
     if not right.all():
-        needs = f"needs tasks of {benchmark}, finite scores, each once"
+        needs = "needs a task of Atari-100k or DeepMind Control and a finite score, each once"
         sys.exit(f"error: --scores {path}: line {right.idxmin() + 2}: {needs}")
+    runs = runs[runs.task.isin(ALL_TASKS[benchmark])]
+    if runs.empty:
+        sys.exit(f"error: --scores {path}: no scores of {benchmark} (--benchmark)")
     runs = runs.rename(columns={"method": "exp_name"}).assign(benchmark=benchmark, path=path)
     runs = runs.assign(args=[{}] * len(runs), hours=np.nan)
     steps = pd.to_numeric(file["steps"], errors="coerce") if "steps" in file else np.nan
@@ -507,8 +513,8 @@ def report(args: Args) -> int:
         if args.table is None:
             show_returns(learning)
     if args.csv is not None:
-        if runs.empty or runs.benchmark.nunique() > 1:
-            sys.exit("error: --csv: needs runs of one benchmark, not of the synthetic experiment")
+        if runs.empty or {"atari", "pretrained"} <= set(runs.benchmark):
+            sys.exit("error: --csv: needs runs, and not both of Atari and of fine-tuning")
         columns = ["method", "task", "seed", "score", "steps", "commit"]
         runs = runs[runs.args.map(fixed_policy) == ""]
         runs.rename(columns={"exp_name": "method"})[columns].to_csv(args.csv, index=False)

@@ -204,8 +204,12 @@ def test_scores_are_written_as_they_are_read(tmp_path):
     write_run(tmp_path, "Alien", "random", 1, 9, eval_epsilon=1)  # no method
     table(tmp_path, "--csv", tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_text().split()[1:] == lines
-    write_run(tmp_path, "walker-run", "base", 1, 9, DMC)
-    assert "one benchmark" in refused(tmp_path, "--csv", tmp_path / "again.csv")
+    write_run(tmp_path, "walker-run", "base", 1, 9, DMC)  # both benchmarks in one file
+    table(tmp_path, "--csv", tmp_path / "both.csv")
+    for benchmark, scores in (("atari", [500, 7000.5]), ("dmc", [9])):
+        assert report.read_scores(tmp_path / "both.csv", benchmark).score.tolist() == scores
+    write_run(tmp_path, "Alien", "base", 3, 9, "plastic_pretrained_finetune.py")  # tasks of Atari
+    assert "not both" in refused(tmp_path, "--csv", tmp_path / "again.csv")
     (tmp_path / "scores.csv").write_text("\n".join([first, *lines, "base,Alien,3,9,20000,b"]))
     flags = ("--scores", tmp_path / "scores.csv", "--allow-missing")
     assert "steps differs" in refused(*flags)
@@ -218,7 +222,8 @@ def test_scores_are_written_as_they_are_read(tmp_path):
     ("method,task,score\nbase,Pong,1\n", "needs columns"), (SCORES + "base,P,1,1\n", "line 2"),
     (SCORES + "base,Pong,1,nan\n", "line 2"), (SCORES + "base,Pong,1,x\n", "'x'"),
     (SCORES + "base,Pong,1,1\nbase,Pong,1,2\n", "line 3"), (None, "No such file"),
-    ("", "No columns to parse"), (SCORES, "no runs there"),
+    ("", "No columns to parse"), (SCORES, "no scores of atari"),
+    (SCORES + "base,walker-run,1,1\n", "no scores of atari"),
 ])  # fmt: skip
 def test_scores_that_cannot_be_read(tmp_path, content, words):
     path = tmp_path / "scores.csv"
