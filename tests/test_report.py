@@ -556,13 +556,18 @@ def test_a_file_whose_reports_cannot_be_made_stays(tmp_path, text):
 
 
 def test_the_results_page_shows_what_its_results_give(tmp_path, monkeypatch, figures):
-    """Its tables are those that the results in the repository give; its figures are there."""
+    """Its tables are those that the results in the repository give; its figures are there.
+
+    So is the file of scores that one of its reports writes.
+    """
     monkeypatch.chdir(ROOT)
+    scores = (ROOT / "benchmark" / "results" / "scores.csv").read_text()
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
     copy = tmp_path / "RESULTS.md"
     copy.write_text(text)
     assert report.main(report.Args(readme=copy)) == 0
     assert copy.read_text() == text
+    assert (ROOT / "benchmark" / "results" / "scores.csv").read_text() == scores
     shown = re.findall(r"\]\((results/[^)]+\.png)\)", text)
     assert shown
     assert all((ROOT / "benchmark" / path).exists() for path in shown)
