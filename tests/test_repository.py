@@ -167,7 +167,8 @@ def test_readme_takes_five_minutes():
 
 
 ELSEWHERE = """--help --logdir --json --script --plot --rounds --model --no-mps --partition --jobs
---per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing --readme"""  # of others
+--per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
+--readme"""  # of others
 
 
 def test_pages_name_only_flags_that_exist():
