@@ -514,7 +514,7 @@ def report(args: Args) -> int:
             show_returns(learning)
     if args.csv is not None:
         if runs.empty or {"atari", "pretrained"} <= set(runs.benchmark):
-            sys.exit("error: --csv: needs runs, and not both of Atari and of fine-tuning")
+            sys.exit("error: --csv: needs runs of agents, but not both Atari's and fine-tuning's")
         columns = ["method", "task", "seed", "score", "steps", "commit"]
         runs = runs[runs.args.map(fixed_policy) == ""]
         runs.rename(columns={"exp_name": "method"})[columns].to_csv(args.csv, index=False)
