@@ -166,6 +166,12 @@ def test_readme_takes_five_minutes():
         assert f"\npip install -r requirements.txt && python {command}" in README
 
 
+def test_readme_shows_the_table_that_results_opens_with():
+    claims = (ROOT / "benchmark/RESULTS.md").read_text().split("\n\n")[1]
+    assert claims.startswith("| the paper claims | the paper | here | verdict | seeds |\n")
+    assert README.split("\n\n").count(claims) == 1
+
+
 ELSEWHERE = """--help --logdir --json --script --plot --rounds --model --no-mps --partition --jobs
 --per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
 --readme"""  # of others
