@@ -5,6 +5,7 @@ A run is small and on made-up data (runs.py), in this process but where the prom
 
 import math
 import os
+import pickle
 import random
 import resource
 import runpy
@@ -166,7 +167,9 @@ class Evil:
 
 FOREIGN = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
     "with code": lambda path: torch.save({"args": Evil(), "target": Evil()}, path),
+    "a bare pickle": lambda path: path.write_bytes(pickle.dumps(Evil(), 2)),
     "of another kind": lambda path: torch.save({"weights": torch.ones(3)}, path),
 }
 
