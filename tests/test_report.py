@@ -571,3 +571,23 @@ def test_the_results_page_shows_what_its_results_give(tmp_path, monkeypatch, fig
     shown = re.findall(r"\]\((results/[^)]+\.png)\)", text)
     assert shown
     assert all((ROOT / "benchmark" / path).exists() for path in shown)
+
+
+def test_the_results_page_has_its_gains_by_weight_decay_from_the_sweeps():
+    """That table is made by hand: points above base, each decay by itself, the last 5 stages."""
+    text = (ROOT / "benchmark" / "RESULTS.md").read_text()
+    head, _, *rows = text.split("| runs | weight decay |")[1].split("\n\n")[0].splitlines()
+    *methods, _ = head.strip(" |").split(" | ")
+    directories = ["figure3/*1-3", "figure3/*1-3", "synth/*1-3", "synth/*1-3", "synth_full/*1-1"]
+    for row, directory in zip(rows, directories, strict=True):
+        _, decay, *gains, seeds = (cell.strip() for cell in row[1:-1].split("|"))
+        accuracy = {}
+        for path in (ROOT / "benchmark" / "results").glob(directory.replace("*", "label__*__")):
+            for tried in json.loads((path / "result.json").read_text())["sweep"]:
+                if tried["weight_decay"] == float(decay.split()[0]):
+                    last = [np.mean(curve[-5:]) for curve in tried["test_accuracy"]]
+                    assert len(last) == int(seeds)
+                    accuracy[path.name.split("__")[1]] = 100 * np.mean(last)
+        for method, gain in zip(methods, gains, strict=True):
+            above = accuracy.get(method.lower(), np.nan) - accuracy["base"]
+            assert gain == ("" if np.isnan(above) else f"{above:+.1f}")
