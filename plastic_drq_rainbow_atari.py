@@ -477,7 +477,7 @@ class ReplayBuffer:
         device = self.priorities.device
         # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
         cumulative = self.priorities.cumsum(0, dtype=torch.float64)
-        # In float64 a float32 draw stays below 1, and so below the last slot with a priority.
+        # In float64 a float32 draw stays below 1, and so in the last slot that has a priority.
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
@@ -619,7 +619,7 @@ def cross_entropy(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tenso
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2); others call 1 - tau tau."""
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2). SAC has 1 - tau as tau."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
@@ -672,7 +672,7 @@ class Agent:
         args, generator, online, target = self.args, self.generator, self.online, self.target
 
         # Line 8: a minibatch by priority, augmented. beta rises from per_beta to 1.
-        beta = args.per_beta + (1 - args.per_beta) * self.updates / max(self.num_updates - 1, 1)
+        beta = args.per_beta + (1 - args.per_beta) * self.updates / (self.num_updates - 1)
         batch, weights = replay.sample(args.batch_size, beta, generator)
         images = augment(batch.obs, args.aug_shift, args.aug_intensity, generator)
         next_images = augment(batch.next_obs, args.aug_shift, args.aug_intensity, generator)
@@ -771,7 +771,7 @@ def make_generators(args: Args) -> dict[str, Generator]:
         seed = int(torch.randint(2**31, ()))
         generators[name] = Generator(args.device).manual_seed(seed)
     if args.device == "cuda":  # initial weights after resets
-        device = torch.cuda.current_device()  # the first call that needs CUDA: no generators before
+        device = torch.cuda.current_device()  # starts CUDA: before, default_generators is empty
         generators["cuda"] = torch.cuda.default_generators[device]
     return generators
 
@@ -883,22 +883,20 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
     above 0: a layer with it has 0.5 by construction.
     """
-    active: dict[str, Tensor] = {}  # bool, by layer
+    active: dict[nn.Module, Tensor] = {}  # bool
 
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            active[name] = (output > 0).flatten()
-
-        return hook
+    def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        active[module] = (output > 0).flatten()
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_hook(keep) for module in layers.values()]
     forward()
     for hook in hooks:
         hook.remove()
+    units = {name: active[module] for name, module in layers.items()}
     for part in ("backbone", "head"):
-        active[part] = torch.cat([active[name] for name in layers if name.startswith(part)])
-    return {name: int(units.sum()) / len(units) for name, units in active.items()}
+        units[part] = torch.cat([units[name] for name in layers if name.startswith(part)])
+    return {name: int(share.sum()) / len(share) for name, share in units.items()}
 
 
 @torch.no_grad()
@@ -909,23 +907,20 @@ def unit_scores(network: nn.Module, forward: Callable[[], object]) -> dict[str, 
     arXiv 2302.12902, definition 3.1). A convolution's unit is a feature map; with CReLU, a unit is
     the pair (x+, x-).
     """
-    scores: dict[str, Tensor] = {}
+    scores: dict[nn.Module, Tensor] = {}
 
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            score = output.abs().mean([0, *range(2, output.ndim)])  # over samples and pixels
-            if isinstance(module, CReLU):
-                score = score.view(2, -1).sum(0)
-            scores[name] = score / score.mean().clamp(min=1e-9)  # in a layer of zeros all are 0
-
-        return hook
+    def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        score = output.abs().mean([0, *range(2, output.ndim)])  # over samples and pixels
+        if isinstance(module, CReLU):
+            score = score.view(2, -1).sum(0)
+        scores[module] = score / score.mean().clamp(min=1e-9)  # in a layer of zeros all are 0
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_hook(keep) for module in layers.values()]
     forward()
     for hook in hooks:
         hook.remove()
-    return scores
+    return {name: scores[module] for name, module in layers.items()}
 
 
 def dormant_ratios(scores: dict[str, Tensor]) -> dict[str, float]:
@@ -963,7 +958,7 @@ def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, fl
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1), by sign: of -2 and 1, 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1): of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -998,7 +993,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
 def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: Generator) -> dict:
     """Active and dormant units on 512 transitions, sharpness on 32, drawn uniformly.
 
-    Features are those of 1,024 transitions. Without noise, augmentation and importance weights.
+    Features are those of 1,024 transitions, or of as many as they are wide. Without noise,
+    augmentation and importance weights.
     """
     online, target = agent.online, agent.target
     online.head.eval()
@@ -1067,7 +1063,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
     except RuntimeError as error:
         # torch.save says "unexpected pos", and has "no space left on device" as context.
-        raise error.__context__ or error from None
+        raise (error.__context__ or error) from None
     os.replace(temporary, path)
 
 
@@ -1106,6 +1102,8 @@ def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> 
             for name, generator in generators.items():
                 generator.set_state(checkpoint["generators"][name])
         return Counters(**checkpoint["counters"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = f"not a checkpoint of this script ({type(error).__name__})"
         sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
@@ -1168,7 +1166,7 @@ def log_evaluation(writer: SummaryWriter, env_id: str, returns: list[float], ste
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """End with one line if one of the newest scalars is not finite: a nan never leaves."""
+    """End with one line if one of the newest scalars is not finite: a nan spreads and stays."""
     for name, value in losses.items():
         if not math.isfinite(value):
             sys.exit(f"error: step {step}: {name} is not finite; lower --learning-rate")
@@ -1234,7 +1232,7 @@ def train(args: Args, run_dir: Path) -> None:
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with other
     # no-ops than the first one's and the evaluation's.
-    envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.env_steps) % 2**30)
+    envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.env_steps % 2**30))
     frames, info = envs.reset()
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
@@ -1313,10 +1311,11 @@ def train(args: Args, run_dir: Path) -> None:
             counters.wall_clock_seconds = time.perf_counter() - start_time
             save_checkpoint(checkpoint_path, args, counters, generators, tensors)
             checkpoint_time = time.perf_counter()
-        if stopping:
+        if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            print(f"stopped; --resume continues after step {step}", file=sys.stderr)
-            sys.exit(128 + stopping[0])
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            print(f"stopped{advice} after step {step}", file=sys.stderr)
+            sys.exit(128 + stop_signals[0])
 
     # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
     on_stop_signals(signal.SIG_DFL)
@@ -1362,7 +1361,7 @@ def evaluate_saved(args: Args) -> None:
     if args.capture_video and gif.exists() and not args.overwrite:
         sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
     # The file's run may have been tracked; this command need not be.
-    ours = ("device", "torch_threads", "eval_episodes", "eval_epsilon", "track")
+    ours = ("device", "eval_episodes", "eval_epsilon", "track")
     try:
         model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
@@ -1383,7 +1382,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors free. Given back to the kernel, it returns page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # not so with musl
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no tensor below 2 GiB has pages of its own
+        if not mallopt(-3, 2**31 - 1):  # M_MMAP_THRESHOLD: no tensor below 2 GiB has its own pages
+            mallopt(-3, 2**25)  # 32 MiB, the most that an older glibc takes
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
 
 

@@ -98,7 +98,7 @@ except (ImportError, AttributeError, RuntimeError) as error:  # the renderer's l
     no_renderer(error)
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo warns of cheetah's own model
-# The episodes of lqr never end.
+# lqr has no time limit.
 TASKS = [f"{domain}-{task}" for domain, task in suite.ALL_TASKS if domain != "lqr"]
 
 
@@ -140,7 +140,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     target_ema: float = 0.995  # tau: target <- tau * target + (1 - tau) * online network
     initial_temperature: float = 0.1  # weight of the entropy at the start and after a reset
-    latent_dim: int = 50  # size of the latent, to which an MLP projects the encoder's output
+    latent_dim: int = 50  # size of the latent, a linear layer on the encoder's output
     hidden_dim: int = 256  # width of the MLPs' two hidden layers
     buffer_size: int = 1_000_000  # transitions in the replay buffer, of 4 kB each at 64x64
     aug_shift: int = 4  # largest random shift in pixels (0 = off)
@@ -231,9 +231,9 @@ class DMControl:
     """A task of the DeepMind Control suite from pixels, with reset() and step() as in Gymnasium.
 
     Observations are the newest frame alone, uint8 [channels, size, size]; stacks are left to the
-    caller. Actions are in [-1, 1]; a step repeats one and sums the rewards. `terminated` is the
-    task's own end (its discount is 0). `truncated` is the time limit, which ends nearly every
-    episode, but not the return.
+    caller. Actions are in [-1, 1]; a step repeats one and sums the rewards. `terminated` is a
+    task's own end (its discount is 0), which of the suite lqr alone has. `truncated` is the time
+    limit, which ends the episode, but not the return.
     """
 
     def __init__(self, args: Args) -> None:
@@ -436,7 +436,7 @@ class Actor(nn.Module):
         self.log_std = dense(hidden_features(args), action_dim, gain=1.0)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, F] -> mean and log-std before the tanh, [B, A] each."""
+        """[B, F] -> mean and log-std of the Gaussian before the tanh, [B, A] each."""
         x = self.hidden(self.latent(features))
         log_std = -10 + 6 * (1 + torch.tanh(self.log_std(x)))  # between -10 and 2
         return self.mean(x), log_std
@@ -510,7 +510,7 @@ class ReplayBuffer:
     def start(self, frame: np.ndarray) -> None:
         """Begin an episode with its first frame, uint8 [channels, H, W].
 
-        It replaces an episode without a step: a run that stopped right after a reset has one.
+        It replaces an episode without a step: a run that stopped at the start of one has it.
         """
         self.cursor = int(self.cursor_tensor)  # the tensors may come from a checkpoint
         if self.ages[self.cursor] == 0:
@@ -651,7 +651,7 @@ def td_loss(q_values: Tensor, td_target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2); others call 1 - tau tau."""
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2). SAC has 1 - tau as tau."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
@@ -694,11 +694,8 @@ class Agent:
             "encoder": ("encoder",),
         }
         scope = scopes[args.sam_scope] if args.sam_rho > 0 else ()
-        self.sam_parameters = {
-            name: ws if name in scope else [] for name, ws in self.parameters.items()
-        }
         self.sam_backup = {
-            name: [torch.empty_like(w) for w in ws] for name, ws in self.sam_parameters.items()
+            name: [torch.empty_like(w) for w in self.parameters[name]] for name in scope
         }
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
@@ -774,9 +771,10 @@ class Agent:
 
         losses |= self.descend(("actor",), actor_loss)
 
-        # Line 14: the temperature rises where the entropy is below its target, H = -A.
+        # Line 14: the temperature rises when the entropy is below its target, H = -A.
         def temperature_loss() -> dict[str, Tensor]:
-            return {"alpha_loss": self.log_alpha.exp() * (losses["entropy"] + self.action_dim)}
+            surplus = losses["entropy"] + self.action_dim  # above the target
+            return {"temperature_loss": self.log_alpha.exp() * surplus}
 
         losses |= self.descend(("temperature",), temperature_loss)
         with torch.no_grad():
@@ -784,33 +782,34 @@ class Agent:
         return losses | {"temperature": alpha, "weight_norm": weight_norm}
 
     def descend(self, names: tuple[str, ...], loss_function: Callable) -> dict[str, Tensor]:
-        """One step of the named parameters on a loss: lines 15, 16, 18 and 19 of Algorithm 2.
+        """One step of the named parameters on a loss: lines 15, 18 and 19 of Algorithm 2.
 
         loss_function() gives the loss first, and whatever else is to be returned, at w.
         """
         parameters = [w for name in names for w in self.parameters[name]]
-        perturbed = [w for name in names for w in self.sam_parameters[name]]
-        backup = [w for name in names for w in self.sam_backup[name]]
+        in_scope = [name for name in names if name in self.sam_backup]
+        perturbed = [w for name in in_scope for w in self.parameters[name]]
+        backup = [w for name in in_scope for w in self.sam_backup[name]]
 
         # The gradient at w.
         losses = loss_function()
         loss, *_ = losses.values()
         set_gradient(loss, parameters)
 
-        # Climb to w + rho * g / ||g||, take the gradient there, come back to w.
+        # Line 15: climb to w + rho * g / ||g||. Line 18: the gradient there. Then back to w.
         if perturbed:
             with sam_perturbed(perturbed, backup, self.args.sam_rho):
                 loss, *_ = loss_function().values()
                 set_gradient(loss, parameters)
 
-        # The step from w.
+        # Line 19: the step from w.
         for name in names:
             self.optimizers[name].step()
         return {name: value.detach() for name, value in losses.items()}
 
     @torch.no_grad()
     def reset(self) -> None:
-        """All but the encoder is fresh, the temperature and Adam included.
+        """All but the encoder and its Adam is fresh, the temperature included.
 
         The target's Q-functions are the same fresh ones.
         """
@@ -978,22 +977,20 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
     above 0: a layer with it has 0.5 by construction.
     """
-    active: dict[str, Tensor] = {}  # bool, by layer
+    active: dict[nn.Module, Tensor] = {}  # bool
 
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            active[name] = (output > 0).flatten()
-
-        return hook
+    def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        active[module] = (output > 0).flatten()
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_hook(keep) for module in layers.values()]
     forward()
     for hook in hooks:
         hook.remove()
+    units = {name: active[module] for name, module in layers.items()}
     for part in ("backbone", "head"):
-        active[part] = torch.cat([active[name] for name in layers if name.startswith(part)])
-    return {name: int(units.sum()) / len(units) for name, units in active.items()}
+        units[part] = torch.cat([units[name] for name in layers if name.startswith(part)])
+    return {name: int(share.sum()) / len(share) for name, share in units.items()}
 
 
 @torch.no_grad()
@@ -1004,23 +1001,20 @@ def unit_scores(network: nn.Module, forward: Callable[[], object]) -> dict[str, 
     arXiv 2302.12902, definition 3.1). A convolution's unit is a feature map; with CReLU, a unit is
     the pair (x+, x-).
     """
-    scores: dict[str, Tensor] = {}
+    scores: dict[nn.Module, Tensor] = {}
 
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            score = output.abs().mean([0, *range(2, output.ndim)])  # over samples and pixels
-            if isinstance(module, CReLU):
-                score = score.view(2, -1).sum(0)
-            scores[name] = score / score.mean().clamp(min=1e-9)  # in a layer of zeros all are 0
-
-        return hook
+    def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        score = output.abs().mean([0, *range(2, output.ndim)])  # over samples and pixels
+        if isinstance(module, CReLU):
+            score = score.view(2, -1).sum(0)
+        scores[module] = score / score.mean().clamp(min=1e-9)  # in a layer of zeros all are 0
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_hook(keep) for module in layers.values()]
     forward()
     for hook in hooks:
         hook.remove()
-    return scores
+    return {name: scores[module] for name, module in layers.items()}
 
 
 def dormant_ratios(scores: dict[str, Tensor]) -> dict[str, float]:
@@ -1058,7 +1052,7 @@ def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, fl
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1), by sign: of -2 and 1, 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1): of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -1093,7 +1087,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
 def plasticity_metrics(agent: Agent, replay: ReplayBuffer, step: int) -> dict[str, float]:
     """Active and dormant units of the critic on 512 transitions, sharpness on 32, drawn uniformly.
 
-    The gradient's norm is on these 32, too, and features are those of 1,024; without augmentation.
+    The gradient's norm is on these 32, too; features are those of 1,024, or of as many as they are
+    wide. Without augmentation.
     Random numbers are the step's own: measuring must change nothing of what is learned.
     """
     online, device = agent.online, agent.generator.device
@@ -1141,7 +1136,7 @@ MAY_CHANGE = set(
 class Counters:
     """Where a run stands; its result.json will have all of it."""
 
-    env_steps: int = 0
+    env_steps: int = 0  # agent steps times --action-repeat
     agent_steps: int = 0
     gradient_updates: int = 0
     resets: int = 0
@@ -1162,7 +1157,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
     except RuntimeError as error:
         # torch.save says "unexpected pos", and has "no space left on device" as context.
-        raise error.__context__ or error from None
+        raise (error.__context__ or error) from None
     os.replace(temporary, path)
 
 
@@ -1203,6 +1198,8 @@ def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> 
             for name, generator in generators.items():
                 generator.set_state(checkpoint["generators"][name])
         return Counters(**checkpoint["counters"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = f"not a checkpoint of this script ({type(error).__name__})"
         sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
@@ -1256,7 +1253,7 @@ def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWrite
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """End with one line if one of the newest scalars is not finite: a nan never leaves."""
+    """End with one line if one of the newest scalars is not finite: a nan spreads and stays."""
     for name, value in losses.items():
         if not math.isfinite(value):
             sys.exit(f"error: step {step}: {name} is not finite; lower --learning-rate")
@@ -1345,7 +1342,7 @@ def train(args: Args, run_dir: Path) -> None:
         step_start = time.perf_counter()
         last = step == args.agent_steps
 
-        # Choose an action: line 4 of Algorithm 2. Before update(), for which it would have to wait
+        # Choose an action: line 4 of Algorithm 2. Before update(): after it, the CPU would wait
         if step <= args.learning_starts:
             action = (2 * torch.rand(agent.action_dim) - 1).numpy()
         else:
@@ -1403,10 +1400,11 @@ def train(args: Args, run_dir: Path) -> None:
             counters.wall_clock_seconds = time.perf_counter() - start_time
             save_checkpoint(checkpoint_path, args, counters, generators, tensors)
             checkpoint_time = time.perf_counter()
-        if stopping:
+        if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            print(f"stopped; --resume continues after step {step}", file=sys.stderr)
-            sys.exit(128 + stopping[0])
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            print(f"stopped{advice} after step {step}", file=sys.stderr)
+            sys.exit(128 + stop_signals[0])
 
     # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
     on_stop_signals(signal.SIG_DFL)
@@ -1452,7 +1450,7 @@ def evaluate_saved(args: Args) -> None:
     if args.capture_video and gif.exists() and not args.overwrite:
         sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
     # The file's run may have been tracked; this command need not be.
-    ours = ("device", "replay_device", "torch_threads", "eval_episodes", "track")
+    ours = ("device", "replay_device", "eval_episodes", "track")
     try:
         model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
@@ -1474,7 +1472,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors free. Given back to the kernel, it returns page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # not so with musl
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no tensor below 2 GiB has pages of its own
+        if not mallopt(-3, 2**31 - 1):  # M_MMAP_THRESHOLD: no tensor below 2 GiB has its own pages
+            mallopt(-3, 2**25)  # 32 MiB, the most that an older glibc takes
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
 
 

@@ -22,9 +22,9 @@ Reset†, which is a fresh head and an encoder pulled towards fresh weights:
 
 Read Agent.update first, which is Algorithm 1 on a frozen Backbone, then train, the loop around it.
 Agent.reset is Reset†: reset_head for the head, shrink_towards for the encoder. What is not about
-the encoder is as in the Atari script, word for word; make_backbone, that script's encoder, is here
-for --collect-model alone. For the pretraining, read pretraining_loss, which is that of SimTPR's
-published code (github.com/dojeon-ai/SimTPR), then pretrain, the loop around it.
+the encoder is as in the Atari script, with fewer metrics; make_backbone, that script's encoder, is
+here for --collect-model alone. For the pretraining, read pretraining_loss, which is that of
+SimTPR's published code (github.com/dojeon-ai/SimTPR), then pretrain, the loop around it.
 Two clocks tick in train: steps of the environment (4 frames each) and gradient updates, which
 resets count. In pretrain: updates alone.
 
@@ -108,9 +108,9 @@ class Args:
     video_dir: str | None = None  # the DQN Replay dataset's files of the game (none = record some)
     video_frames: int = 500_000  # frames of each of these files that are used, from its start
     collect_steps: int = 100_000  # steps to record, one frame of each
-    # who plays what is recorded: checkpoint = --collect-model, with 1% random actions
-    collect_policy: Literal["random", "checkpoint"] = "random"
-    collect_model: str | None = None  # a model that plastic_drq_rainbow_atari.py saved
+    # who plays what is recorded: a model that plastic_drq_rainbow_atari.py saved, with 1% random
+    # actions (none = random actions alone)
+    collect_model: str | None = None
     pretrain_epochs: float = 10.0  # passes over all sequences; 0.5 = half of them
     pretrain_batch_size: int = 64  # sequences per update
     pretrain_length: int = 11  # stacks of frames per sequence
@@ -140,9 +140,8 @@ class Args:
     aug_intensity: float = 0.05  # scale of the intensity jitter (0 = off), in pretraining, too
 
     # Plasticity interventions
-    layer_norm: bool = False  # LayerNorm in the head's hidden layers
-    # the head alone can have it, as the encoder has BatchNorm
-    layer_norm_scope: Literal["all"] = "all"
+    layer_norm: bool = False  # LayerNorm in the head's hidden layers (the encoder has BatchNorm)
+    layer_norm_scope = "all"  # no flag: NoisyStream asks for it
     crelu: bool = False  # concatenated ReLU in the head
     sam_rho: float = 0.0  # radius of the SAM perturbation of all that is trained (0 = off)
     # noise in the second pass: independent = drawn anew (Algorithm 1), reused = that of the first;
@@ -153,7 +152,7 @@ class Args:
     # what takes the rest: fresh weights, or those that the run began with
     shrink_perturb_anchor: Literal["init", "pretrained"] = "init"
 
-    # Evaluation, metrics, logging
+    # Evaluation, metrics, logging (all but --log-interval of fine-tuning alone)
     eval_episodes: int = 100  # full games of an evaluation
     eval_epsilon: float = 0.001  # share of random actions in an evaluation
     eval_interval: int = 0  # steps between evaluations (0 = only at the end)
@@ -226,20 +225,18 @@ class Args:
             if (encoder is None) != self.from_scratch:
                 ways = "--pretrained-path FILE (--mode pretrain makes one) or --from-scratch"
                 raise ValueError(f"{ways}: pass one of them")
-            if video is not None or player is not None or self.collect_policy != "random":
-                raise ValueError("--video-dir and --collect-... are of --mode pretrain")
+            if video is not None or player is not None:
+                raise ValueError("--video-dir and --collect-model are of --mode pretrain")
         else:
             if encoder is not None or self.from_scratch:
                 raise ValueError("--pretrained-path and --from-scratch are of --mode finetune")
             if self.track:
                 raise ValueError("--track is of --mode finetune")
-            if (self.collect_policy == "checkpoint") != (player is not None):
-                raise ValueError("--collect-policy checkpoint and --collect-model FILE go together")
             if video is not None and player is not None:
                 raise ValueError("--video-dir or --collect-model: videos are read, or recorded")
-            batch = self.pretrain_batch_size + self.video_length - 1
-            if video is None and self.collect_steps < batch:
-                raise ValueError(f"--collect-steps: one batch of sequences takes {batch:,} frames")
+            frames = self.pretrain_batch_size + self.video_length - 1
+            if video is None and self.collect_steps < frames:
+                raise ValueError(f"--collect-steps: one batch of sequences takes {frames:,} frames")
         if self.resume:  # a finished run, which is left alone, needs no file
             return
         for flag, file in (("--pretrained-path", encoder), ("--collect-model", player)):
@@ -485,7 +482,7 @@ class QNetwork(nn.Module):
     """Rainbow's head (appendix A.3) on a given backbone.
 
     The backbone is in eval mode for good: its BatchNorm keeps its statistics, even where its
-    weights are trained. Only head.train() and head.eval() are ever called, for the noise.
+    weights are trained. train() is only ever called on the head, for the noise.
     """
 
     def __init__(self, backbone: nn.Module, num_actions: int, args: Args) -> None:
@@ -638,7 +635,7 @@ class ReplayBuffer:
         device = self.priorities.device
         # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
         cumulative = self.priorities.cumsum(0, dtype=torch.float64)
-        # In float64 a float32 draw stays below 1, and so below the last slot with a priority.
+        # In float64 a float32 draw stays below 1, and so in the last slot that has a priority.
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
@@ -777,7 +774,7 @@ def cross_entropy(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tenso
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2); others call 1 - tau tau."""
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2). SAC has 1 - tau as tau."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
@@ -837,7 +834,7 @@ class Agent:
         args, generator, online, target = self.args, self.generator, self.online, self.target
 
         # Line 8: a minibatch by priority, augmented. beta rises from per_beta to 1.
-        beta = args.per_beta + (1 - args.per_beta) * self.updates / max(self.num_updates - 1, 1)
+        beta = args.per_beta + (1 - args.per_beta) * self.updates / (self.num_updates - 1)
         batch, weights = replay.sample(args.batch_size, beta, generator)
         images = augment(batch.obs, args.aug_shift, args.aug_intensity, generator)
         next_images = augment(batch.next_obs, args.aug_shift, args.aug_intensity, generator)
@@ -949,7 +946,7 @@ def make_generators(args: Args) -> dict[str, Generator]:
         seed = int(torch.randint(2**31, ()))
         generators[name] = Generator(args.device).manual_seed(seed)
     if args.device == "cuda":  # initial weights after resets
-        device = torch.cuda.current_device()  # the first call that needs CUDA: no generators before
+        device = torch.cuda.current_device()  # starts CUDA: before, default_generators is empty
         generators["cuda"] = torch.cuda.default_generators[device]
     return generators
 
@@ -1062,26 +1059,24 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
     above 0: a layer with it has 0.5 by construction.
     """
-    active: dict[str, Tensor] = {}  # bool, by layer
+    active: dict[nn.Module, Tensor] = {}  # bool
 
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            active[name] = (output > 0).flatten()
-
-        return hook
+    def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        active[module] = (output > 0).flatten()
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_hook(keep) for module in layers.values()]
     forward()
     for hook in hooks:
         hook.remove()
+    units = {name: active[module] for name, module in layers.items()}
     for part in ("backbone", "head"):
-        active[part] = torch.cat([active[name] for name in layers if name.startswith(part)])
-    return {name: int(units.sum()) / len(units) for name, units in active.items()}
+        units[part] = torch.cat([units[name] for name in layers if name.startswith(part)])
+    return {name: int(share.sum()) / len(share) for name, share in units.items()}
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1), by sign: of -2 and 1, 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1): of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -1184,7 +1179,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
     except RuntimeError as error:
         # torch.save says "unexpected pos", and has "no space left on device" as context.
-        raise error.__context__ or error from None
+        raise (error.__context__ or error) from None
     os.replace(temporary, path)
 
 
@@ -1229,6 +1224,8 @@ def load_checkpoint(
             for name, generator in generators.items():
                 generator.set_state(checkpoint["generators"][name])
         vars(counters).update(checkpoint["counters"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = f"not a checkpoint of this script ({type(error).__name__})"
         sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
@@ -1453,8 +1450,8 @@ def cut_sequences(videos: list[Video], starts: np.ndarray, args: Args) -> tuple[
     """Frames uint8 [N, T + 3, 84, 84] and terminals bool [N, T + 3] of the sequences from there."""
     length, parts = args.video_length, []
     for number, start in starts:
-        parts.append([half[start : start + length] for half in videos[number]])
-    frames, terminals = (torch.from_numpy(np.stack(half)) for half in zip(*parts, strict=True))
+        parts.append([array[start : start + length] for array in videos[number]])
+    frames, terminals = (torch.from_numpy(np.stack(cuts)) for cuts in zip(*parts, strict=True))
     return frames.to(args.device), terminals.to(args.device)
 
 
@@ -1482,7 +1479,6 @@ def record(run_dir: Path, player: QNetwork | None, args: Args) -> None:
     At random, or as `player` does with 1% random actions, its stacks and lives as in evaluate().
     """
     envs, rng = make_envs(args.env_id, 1, args.seed), np.random.default_rng(args.seed)
-    num_actions = int(envs.action_space.n)
     observations, terminals = (run_dir / name for name in RECORDED)
     ends = np.zeros(args.collect_steps, np.uint8)
 
@@ -1495,7 +1491,7 @@ def record(run_dir: Path, player: QNetwork | None, args: Args) -> None:
             np.lib.format.write_array_header_1_0(pixels, header)
             for i in tqdm(range(args.collect_steps), "recording", unit="frame", disable=None):
                 stack = np.concatenate([stack[:, 1:], frames], axis=1)
-                action = int(rng.integers(num_actions))
+                action = int(rng.integers(envs.action_space.n))
                 if player is not None and rng.random() >= 0.01:
                     images = to_images(torch.from_numpy(stack))
                     action = int(player.q_values(player(images)).argmax())
@@ -1575,7 +1571,7 @@ def log_evaluation(writer: SummaryWriter, env_id: str, returns: list[float], ste
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """End with one line if one of the newest scalars is not finite: a nan never leaves."""
+    """End with one line if one of the newest scalars is not finite: a nan spreads and stays."""
     for name, value in losses.items():
         if not math.isfinite(value):
             sys.exit(f"error: step {step}: {name} is not finite; lower --learning-rate")
@@ -1641,7 +1637,7 @@ def train(args: Args, run_dir: Path) -> None:
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with other
     # no-ops than the first one's and the evaluation's.
-    envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.env_steps) % 2**30)
+    envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.env_steps % 2**30))
     frames, info = envs.reset()
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
@@ -1720,10 +1716,11 @@ def train(args: Args, run_dir: Path) -> None:
             counters.wall_clock_seconds = time.perf_counter() - start_time
             save_checkpoint(checkpoint_path, args, counters, generators, tensors)
             checkpoint_time = time.perf_counter()
-        if stopping:
+        if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            print(f"stopped; --resume continues after step {step}", file=sys.stderr)
-            sys.exit(128 + stopping[0])
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            print(f"stopped{advice} after step {step}", file=sys.stderr)
+            sys.exit(128 + stop_signals[0])
 
     # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
     on_stop_signals(signal.SIG_DFL)
@@ -1840,7 +1837,8 @@ def pretrain(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            print(f"stopped after update {update}", file=sys.stderr)
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            print(f"stopped{advice} after update {update}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 
     on_stop_signals(signal.SIG_DFL)
@@ -1890,7 +1888,7 @@ def evaluate_saved(args: Args) -> None:
     if args.capture_video and gif.exists() and not args.overwrite:
         sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
     # The file's run may have been tracked, and had its encoder's file; this command need not.
-    ours = ("device", "torch_threads", "eval_episodes", "eval_epsilon", "track", "evaluate")
+    ours = ("device", "eval_episodes", "eval_epsilon", "track", "evaluate")
     try:
         model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
@@ -1898,8 +1896,8 @@ def evaluate_saved(args: Args) -> None:
         network = QNetwork(Backbone(), model["num_actions"], saved)
         network.load_state_dict(model["target"])
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
-        kind = type(error).__name__
-        sys.exit(f"error: {args.evaluate}: not a model that this script saved ({kind})")
+        problem = f"not a model that this script saved in fine-tuning ({type(error).__name__})"
+        sys.exit(f"error: {args.evaluate}: {problem}")
     video = [] if args.capture_video else None
     returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved, video)
     if video is not None:
@@ -1911,7 +1909,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors free. Given back to the kernel, it returns page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # not so with musl
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no tensor below 2 GiB has pages of its own
+        if not mallopt(-3, 2**31 - 1):  # M_MMAP_THRESHOLD: no tensor below 2 GiB has its own pages
+            mallopt(-3, 2**25)  # 32 MiB, the most that an older glibc takes
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
 
 

@@ -21,7 +21,7 @@ PLASTIC, the base that it stands on, and a sweep of settings:
 Read seen_images and stage_labels first, which are the two tasks, then Replicas.update, which is
 SGD with SAM, then train, the loop around it.
 Network is backbone and head, with LayerNorm and CReLU. Replicas holds the networks of all seeds
-and settings, a row each. The other intervention is Replicas.reset_heads. Methods of later papers
+and settings, a row each. The other intervention is Replicas.reset_heads. Methods of other papers
 are off by default: ReDo, L2 Init, weight clipping, Hare & Tortoise, and Shrink & Perturb.
 Two clocks tick: gradient updates, which the loop calls steps, and stages of 500 updates each.
 Resets count stages. A setting is a pair of learning rate and weight decay.
@@ -33,8 +33,8 @@ Where it departs from the paper's text or fills it in (README.md has the whole t
 - LayerNorm is over channels and pixels of each sample, as released; the paper does not say
   (--layer-norm-kind).
 - CReLU is in the fully connected layers alone, as in the other scripts (--crelu-scope).
-- Minibatches are cut from shuffled epochs, so that within a stage no image is seen two times more
-  often than another; the paper draws at random.
+- Minibatches are cut from shuffled epochs: in a stage, no image is seen more than once more often
+  than another; the paper draws at random.
 - Resets come before stages 10, 20, ...; the release's come after stages 0, 10, ...
 """
 
@@ -124,13 +124,13 @@ class Args:
     reset_interval: int = 10  # stages between resets of the head (0 = off)
     shrink_perturb_alpha: float = 1.0  # Shrink & Perturb's weight of the old backbone (1 = off)
 
-    # Interventions of later papers
+    # Interventions of other papers
     redo_interval: int = 0  # updates between recyclings of dormant units (0 = off; ReDo: 1000)
     redo_tau: float = 0.1  # a unit whose score is at most this is dormant
     l2_init: bool = False  # weight decay pulls towards the initial weights instead of 0
-    weight_clip: float = 0.0  # bound of the weights, in bounds of the initial ones (0 = off)
+    weight_clip: float = 0.0  # largest weight, as a multiple of the initial bound (0 = off)
     tortoise_interval: int = 0  # stages between copies of the slow weights (0 = off)
-    tortoise_ema: float = 0.999  # of the slow weights: the share that an update keeps
+    tortoise_ema: float = 0.999  # share of the slow weights that an update keeps
 
     # Metrics, logging
     metrics_interval: int = 0  # stages between plasticity metrics (0 = off)
@@ -263,7 +263,8 @@ def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
     return images, labels, *read_batch(directory / "test_batch")
 
 
-# Each seed's streams of NumPy's random numbers: a draw follows from seed, stream and stage alone.
+# Each seed's streams of NumPy's random numbers: a draw follows from seed, stream and stage alone
+# (RECYCLED: update instead of stage).
 ORDER, BATCHES, LABELS, RESETS, EVALUATED, RECYCLED = range(6)
 
 
@@ -388,23 +389,20 @@ def unit_scores(network: nn.Module, forward: Callable[[], object]) -> dict[str, 
     arXiv 2302.12902, definition 3.1). A convolution's unit is a feature map; with CReLU, a unit is
     the pair (x+, x-).
     """
-    scores: dict[str, Tensor] = {}
+    scores: dict[nn.Module, Tensor] = {}
 
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            score = output.abs().mean([0, *range(2, output.ndim)])  # over samples and pixels
-            if isinstance(module, CReLU):
-                score = score.view(2, -1).sum(0)
-            scores[name] = score / score.mean().clamp(min=1e-9)  # in a layer of zeros all are 0
-
-        return hook
+    def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        score = output.abs().mean([0, *range(2, output.ndim)])  # over samples and pixels
+        if isinstance(module, CReLU):
+            score = score.view(2, -1).sum(0)
+        scores[module] = score / score.mean().clamp(min=1e-9)  # in a layer of zeros all are 0
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_hook(keep) for module in layers.values()]
     forward()
     for hook in hooks:
         hook.remove()
-    return scores
+    return {name: scores[module] for name, module in layers.items()}
 
 
 def initial_bounds(network: nn.Module) -> Tensor:
@@ -441,7 +439,7 @@ class Replicas:
         self.images, self.labels, self.test_images, self.test_labels = (
             torch.from_numpy(array).to(device) for array in data
         )
-        # Of bytes.
+        # Of pixels from 0 to 255.
         self.mean = 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)
         self.std = 255 * torch.tensor(STD, device=device).view(3, 1, 1)
 
@@ -451,10 +449,8 @@ class Replicas:
         self.learning_rate, self.weight_decay = settings[:, :1], settings[:, 1:]  # [R, 1] each
         num_replicas = len(settings)
         self.seed_index = torch.arange(num_replicas, device=device) % args.num_seeds
-        # Replicas that are computed together.
-        self.groups = [slice(num_replicas)]
-        if device.type == "cpu":
-            self.groups = [slice(r, r + 1) for r in range(num_replicas)]
+        size = 1 if device.type == "cpu" else num_replicas  # replicas that are computed together
+        self.groups = [slice(r, r + size) for r in range(0, num_replicas, size)]
 
         with torch.device("meta"):  # its structure alone: the parameters come from `weights`
             self.network = Network(args)
@@ -470,7 +466,7 @@ class Replicas:
         self.slow = self.weights.clone() if args.tortoise_interval > 0 else None
         if args.weight_clip > 0:
             self.clip_bounds = args.weight_clip * initial_bounds(self.network).to(device)
-        # Made so far: [1], because indexing with a scalar tensor would wait for the device.
+        # Updates made so far: [1], because indexing with a scalar tensor would wait for the device.
         self.updates = torch.zeros(1, dtype=torch.int64, device=device)
 
         # The stage's minibatches as indices of images, and the label of each class, by seed.
@@ -518,7 +514,8 @@ class Replicas:
         """ReDo: a dormant unit's weights are fresh on its way in, 0 on its way out; in place.
 
         Its bias is 0, and so is the momentum of all of these; LayerNorm's scale and shift stay
-        (Sokar et al., 2023, algorithm 1). Scores are those of the next minibatch.
+        (Sokar et al., 2023, algorithm 1). Scores are those of the next minibatch. Slow weights
+        follow by their average alone.
         """
         vmapped_scores = vmap(
             lambda parameters, images: unit_scores(
@@ -770,26 +767,24 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
     above 0: a layer with it has 0.5 by construction.
     """
-    active: dict[str, Tensor] = {}  # bool, by layer
+    active: dict[nn.Module, Tensor] = {}  # bool
 
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            active[name] = (output > 0).flatten()
-
-        return hook
+    def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        active[module] = (output > 0).flatten()
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.ReLU | CReLU)}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_hook(keep) for module in layers.values()]
     forward()
     for hook in hooks:
         hook.remove()
+    units = {name: active[module] for name, module in layers.items()}
     for part in ("backbone", "head"):
-        active[part] = torch.cat([active[name] for name in layers if name.startswith(part)])
-    return {name: int(units.sum()) / len(units) for name, units in active.items()}
+        units[part] = torch.cat([units[name] for name in layers if name.startswith(part)])
+    return {name: int(share.sum()) / len(share) for name, share in units.items()}
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1), by sign: of -2 and 1, 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1): of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -856,7 +851,7 @@ def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, fl
 
 
 def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float]]:
-    """Active and dormant units on 512 images of the stage's minibatches, features on 1,024 of them.
+    """Active and dormant units on 512 images of the stage's minibatches, features on 1,024.
 
     Sharpness and the gradient's norm on 32: {name: [R]}. Of the fast weights; nan for a replica
     that has diverged.
@@ -897,7 +892,7 @@ MAY_CHANGE = set(
 
 @dataclass
 class Counters:
-    """Where a run stands; its result.json will have all of it, the lists sorted by setting."""
+    """Where a run stands; its result.json will have all of it, the lists of each setting apart."""
 
     gradient_updates: int = 0
     train_accuracy: list[list[float]] = field(default_factory=list)  # [stages so far][replicas]
@@ -921,7 +916,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
     except RuntimeError as error:
         # torch.save says "unexpected pos", and has "no space left on device" as context.
-        raise error.__context__ or error from None
+        raise (error.__context__ or error) from None
     os.replace(temporary, path)
 
 
@@ -951,6 +946,8 @@ def load_checkpoint(path: Path, args: Args, tensors: dict) -> Counters:
         for name, tensor in tensors.items():
             tensor.copy_(checkpoint["tensors"][name])
         return Counters(**checkpoint["counters"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = f"not a checkpoint of this script ({type(error).__name__})"
         sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
@@ -1037,7 +1034,6 @@ def finish(args: Args, run_dir: Path, counters: Counters, replicas: Replicas) ->
     sweep = summarise(replicas.settings, *measured)
     # The best by final test accuracy; one with a diverged seed has nan.
     best = max(sweep, key=lambda setting: np.nan_to_num(setting["final_accuracy_mean"], nan=-1.0))
-    # The best setting's lists, [seeds][stages], take the place of those in the counters.
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "task": args.task,
@@ -1048,7 +1044,7 @@ def finish(args: Args, run_dir: Path, counters: Counters, replicas: Replicas) ->
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
     # fmt: on
-    # JSON has no nan, of which json.dumps would write NaN: null in its place.
+    # JSON has no nan, but json.dumps would write NaN: null takes its place.
     result = json.loads(json.dumps(result), parse_constant=lambda constant: None)
     content = json.dumps(result, indent=2).encode()
     write_atomically(run_dir / "result.json", lambda file: file.write(content))
@@ -1145,7 +1141,8 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            print(f"stopped; --resume continues after update {step}", file=sys.stderr)
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            print(f"stopped{advice} after update {step}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 
     on_stop_signals(signal.SIG_DFL)
@@ -1184,7 +1181,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors free. Given back to the kernel, it returns page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # not so with musl
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no tensor below 2 GiB has pages of its own
+        if not mallopt(-3, 2**31 - 1):  # M_MMAP_THRESHOLD: no tensor below 2 GiB has its own pages
+            mallopt(-3, 2**25)  # 32 MiB, the most that an older glibc takes
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 3's experiment with interventions of later papers, each alone and with LayerNorm and SAM: 20 runs of 30 seeds.
+# Figure 3's experiment with interventions of other papers, each alone and with LayerNorm and SAM: 20 runs of 30 seeds.
 #
 #     bash benchmark/fig3_beyond.sh | bash benchmark/run_local.sh
 #     METHODS="redo ln_sam_redo" TASKS=label EXTRA="--num-seeds 3" bash benchmark/fig3_beyond.sh
@@ -13,13 +13,13 @@ choose TASKS "input label"
 for method in $METHODS; do
     interventions "$method" 0.1 10
     case $method in
-        *redo) later="--redo-interval 1000 --redo-tau 0.1" ;;
-        *l2init) later="--l2-init" ;;
-        *clip) later="--weight-clip 2" ;;
-        *tortoise) later="--tortoise-interval 2 --tortoise-ema 0.999" ;;
-        *shrink) later="--shrink-perturb-alpha 0.6" ;;
+        *redo) other="--redo-interval 1000 --redo-tau 0.1" ;;
+        *l2init) other="--l2-init" ;;
+        *clip) other="--weight-clip 2" ;;
+        *tortoise) other="--tortoise-interval 2 --tortoise-ema 0.999" ;;
+        *shrink) other="--shrink-perturb-alpha 0.6" ;;
     esac
     for task in $TASKS; do
-        echo "python synth_cifar_plasticity.py --task $task --exp-name $method $switches $later --resume$extra"
+        echo "python synth_cifar_plasticity.py --task $task --exp-name $method $switches $other --resume$extra"
     done
 done

@@ -113,7 +113,7 @@ def test_an_overwrite_that_cannot_begin_loses_nothing(play, tmp_path, data):
     play(PRETRAIN)
     before = contents(tmp_path / PRETRAIN.dir)
     write_video(tmp_path / "short", 5)
-    player = dict(collect_policy="checkpoint", collect_model=str(data / "encoder.pth"))
+    player = dict(collect_model=str(data / "encoder.pth"))
     videos = [dict(video_dir=str(directory)) for directory in (tmp_path / "short", tmp_path)]
     for flags in (*videos, RECORD | player):
         with pytest.raises(SystemExit, match=r"^error: [^\n]*$"):

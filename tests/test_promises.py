@@ -194,6 +194,12 @@ def test_a_foreign_file_gets_one_line_runs_no_code_and_stays(case, play, run_dir
         assert contents(run_dir) == before  # of which contents() fails at a new directory
 
 
+def test_what_cannot_be_read_is_not_called_foreign(case, play, run_dir):
+    (run_dir / "checkpoint.pth").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        play(case, resume=True)
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 
@@ -305,6 +311,22 @@ def test_a_second_signal_ends_the_process_at_once(case, play, capfd):
     assert signal.SIG_DFL not in seen[0] and seen[1] == [signal.SIG_DFL] * 2
 
 
+def test_a_stopped_run_says_how_it_goes_on_if_it_can(case, play, run_dir, capfd):
+    for interval, can in (("auto", True), (0, False)):
+        stopped(play, case, 5, checkpoint_interval=interval, overwrite=True)
+        last_line = capfd.readouterr().err.splitlines()[-1]
+        assert ("--resume" in last_line) == (run_dir / "checkpoint.pth").exists() == can
+
+
+@only(*PLAYING)
+def test_a_signal_during_the_last_checkpoint_comes_before_the_evaluation(case, play, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        save = case.script.save_checkpoint
+        patch.setattr(case.script, "save_checkpoint", lambda *call: (save(*call), stop()))
+        play(case)
+    assert play(case, resume=True) == 0
+
+
 @only(*PLAYING, "pretrain")
 def test_a_number_that_is_not_finite_ends_the_run(case, play, run_dir, monkeypatch):
     """Before its next log or checkpoint. In the synthetic experiment the other replicas go on."""
@@ -371,7 +393,7 @@ BAD_FLAGS = {
         --shrink-perturb-alpha 0.5 --reset-interval 0
     """,
     "finetune": """
-        --env-id Alein => Alien | --collect-policy checkpoint => are of --mode pretrain
+        --env-id Alein => Alien
         --video-dir . => --mode pretrain | --collect-model x => --mode pretrain
         --pretrained-path x => one of them | --no-from-scratch => --from-scratch
         --no-from-scratch --pretrained-path missing.pth => missing.pth | --v-min 10
@@ -379,10 +401,9 @@ BAD_FLAGS = {
     """,
     "pretrain": """
         --track => --track is of --mode finetune | --from-scratch => --mode finetune
-        --pretrained-path x => --mode finetune | --collect-policy checkpoint => --collect-model
-        --collect-model x => --collect-policy | --video-dir missing => missing: not a directory
-        --collect-policy checkpoint --collect-model x => x: not a file
-        --video-dir . --collect-policy checkpoint --collect-model x => --video-dir
+        --pretrained-path x => --mode finetune
+        --collect-model x => x: not a file | --video-dir missing => missing: not a directory
+        --video-dir . --collect-model x => --video-dir
         --collect-steps 60 | --pretrain-length 2 | --pretrain-batch-size 1 | --pretrain-epochs 0
     """,
 }
