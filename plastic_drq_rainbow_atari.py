@@ -896,7 +896,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     units = {name: active[module] for name, module in layers.items()}
     for part in ("backbone", "head"):
         units[part] = torch.cat([units[name] for name in layers if name.startswith(part)])
-    return {name: int(share.sum()) / len(share) for name, share in units.items()}
+    return {name: int(above.sum()) / len(above) for name, above in units.items()}
 
 
 @torch.no_grad()
@@ -1313,7 +1313,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            advice = "; --resume continues" if checkpoint_path.exists() else ""
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 

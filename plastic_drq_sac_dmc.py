@@ -140,7 +140,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     target_ema: float = 0.995  # tau: target <- tau * target + (1 - tau) * online network
     initial_temperature: float = 0.1  # weight of the entropy at the start and after a reset
-    latent_dim: int = 50  # size of the latent, a linear layer on the encoder's output
+    latent_dim: int = 50  # size of the latent: linear layer on the encoder, LayerNorm, tanh
     hidden_dim: int = 256  # width of the MLPs' two hidden layers
     buffer_size: int = 1_000_000  # transitions in the replay buffer, of 4 kB each at 64x64
     aug_shift: int = 4  # largest random shift in pixels (0 = off)
@@ -990,7 +990,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     units = {name: active[module] for name, module in layers.items()}
     for part in ("backbone", "head"):
         units[part] = torch.cat([units[name] for name in layers if name.startswith(part)])
-    return {name: int(share.sum()) / len(share) for name, share in units.items()}
+    return {name: int(above.sum()) / len(above) for name, above in units.items()}
 
 
 @torch.no_grad()
@@ -1402,7 +1402,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            advice = "; --resume continues" if checkpoint_path.exists() else ""
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 

@@ -141,7 +141,7 @@ class Args:
 
     # Plasticity interventions
     layer_norm: bool = False  # LayerNorm in the head's hidden layers (the encoder has BatchNorm)
-    layer_norm_scope = "all"  # no flag: NoisyStream asks for it
+    layer_norm_scope = "all"  # without a type it is no flag; NoisyStream asks for it
     crelu: bool = False  # concatenated ReLU in the head
     sam_rho: float = 0.0  # radius of the SAM perturbation of all that is trained (0 = off)
     # noise in the second pass: independent = drawn anew (Algorithm 1), reused = that of the first;
@@ -1072,7 +1072,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     units = {name: active[module] for name, module in layers.items()}
     for part in ("backbone", "head"):
         units[part] = torch.cat([units[name] for name in layers if name.startswith(part)])
-    return {name: int(share.sum()) / len(share) for name, share in units.items()}
+    return {name: int(above.sum()) / len(above) for name, above in units.items()}
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
@@ -1718,7 +1718,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            advice = "; --resume continues" if checkpoint_path.exists() else ""
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 
@@ -1837,7 +1837,7 @@ def pretrain(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            advice = "; --resume continues" if checkpoint_path.exists() else ""
             print(f"stopped{advice} after update {update}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 

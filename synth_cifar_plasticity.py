@@ -33,8 +33,8 @@ Where it departs from the paper's text or fills it in (README.md has the whole t
 - LayerNorm is over channels and pixels of each sample, as released; the paper does not say
   (--layer-norm-kind).
 - CReLU is in the fully connected layers alone, as in the other scripts (--crelu-scope).
-- Minibatches are cut from shuffled epochs: in a stage, no image is seen more than once more often
-  than another; the paper draws at random.
+- Minibatches are cut from shuffled epochs: within a stage, how often two images are seen differs by
+  one at most; the paper draws at random.
 - Resets come before stages 10, 20, ...; the release's come after stages 0, 10, ...
 """
 
@@ -780,7 +780,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
     units = {name: active[module] for name, module in layers.items()}
     for part in ("backbone", "head"):
         units[part] = torch.cat([units[name] for name in layers if name.startswith(part)])
-    return {name: int(share.sum()) / len(share) for name, share in units.items()}
+    return {name: int(above.sum()) / len(above) for name, above in units.items()}
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
@@ -1141,7 +1141,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
+            advice = "; --resume continues" if checkpoint_path.exists() else ""
             print(f"stopped{advice} after update {step}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 

@@ -47,7 +47,7 @@ FIGURE_2 = "base sam ln crelu reset plastic".split()
 FIGURE_3 = {
     "single methods": "ln sam crelu reset",
     "combinations": "ln_sam ln_crelu ln_reset sam_crelu sam_reset crelu_reset plastic",
-    "later methods": "redo l2init clip tortoise reset_shrink ln_sam_redo ln_sam_l2init "
+    "other methods": "redo l2init clip tortoise reset_shrink ln_sam_redo ln_sam_l2init "
                      "ln_sam_clip ln_sam_tortoise ln_sam_reset_shrink",
 }
 FIGURES_5_AND_6 = {

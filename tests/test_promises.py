@@ -319,12 +319,16 @@ def test_a_stopped_run_says_how_it_goes_on_if_it_can(case, play, run_dir, capfd)
 
 
 @only(*PLAYING)
-def test_a_signal_during_the_last_checkpoint_comes_before_the_evaluation(case, play, monkeypatch):
+def test_a_signal_during_the_last_checkpoint_comes_before_the_evaluation(
+    case, play, run_dir, monkeypatch
+):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         save = case.script.save_checkpoint
         patch.setattr(case.script, "save_checkpoint", lambda *call: (save(*call), stop()))
         play(case)
+    assert not (run_dir / "result.json").exists()
     assert play(case, resume=True) == 0
+    assert read_result(run_dir)["resumed_at"] == [case.steps]
 
 
 @only(*PLAYING, "pretrain")

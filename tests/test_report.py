@@ -580,11 +580,14 @@ def test_the_results_page_has_its_gains_by_weight_decay_from_the_sweeps():
     *methods, _ = head.strip(" |").split(" | ")
     directories = ["figure3/*1-3", "figure3/*1-3", "synth/*1-3", "synth/*1-3", "synth_full/*1-1"]
     for row, directory in zip(rows, directories, strict=True):
-        _, decay, *gains, seeds = (cell.strip() for cell in row[1:-1].split("|"))
+        label, decay, *gains, seeds = (cell.strip() for cell in row[1:-1].split("|"))
+        if label != "the same":
+            rate = float(label.split("learning rate ")[1])
+        setting = {"learning_rate": rate, "weight_decay": float(decay.split()[0])}
         accuracy = {}
         for path in (ROOT / "benchmark" / "results").glob(directory.replace("*", "label__*__")):
             for tried in json.loads((path / "result.json").read_text())["sweep"]:
-                if tried["weight_decay"] == float(decay.split()[0]):
+                if setting.items() <= tried.items():
                     last = [np.mean(curve[-5:]) for curve in tried["test_accuracy"]]
                     assert len(last) == int(seeds)
                     accuracy[path.name.split("__")[1]] = 100 * np.mean(last)

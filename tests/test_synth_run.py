@@ -49,7 +49,7 @@ def test_many_seeds_and_settings_give_what_a_process_of_its_own_gives(play, tmp_
         np.testing.assert_allclose(alone[key][0], of_many[key][1], atol=0.03)
 
 
-def test_later_methods_learn_and_continue_bit_for_bit(play, tmp_path):
+def test_other_methods_learn_and_continue_bit_for_bit(play, tmp_path):
     """As the others do in test_promises.py, in the middle of a stage."""
     flags = dict(redo_interval=5, redo_tau=0.3, l2_init=True, weight_clip=3.0, resume=True)
     flags |= dict(tortoise_interval=2, tortoise_ema=0.8, shrink_perturb_alpha=0.8)
