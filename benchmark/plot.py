@@ -105,8 +105,21 @@ def random_returns(runs: pd.DataFrame) -> list[float]:
     return runs.random.iloc[0] or runs["first"].sum()
 
 
+def training_means(episodes: np.ndarray, length: int, parts: int = 10) -> np.ndarray:
+    """Mean return of the training episodes that end in each of `parts` equal parts of a run.
+
+    `episodes` is [episodes, 2], steps and returns; the result is [parts, 2], a part's last step
+    and its mean, without the parts in which no episode ends.
+    """
+    ends = np.ceil(episodes[:, 0] * parts / length) * length / parts
+    return pd.Series(episodes[:, 1]).groupby(ends).mean().reset_index().to_numpy()
+
+
 def learning_curves(runs: pd.DataFrame, path: Path) -> None:
-    """A panel per task: mean return of each evaluation, a line per run, a colour per exp-name."""
+    """A panel per task: mean return of each evaluation, a line per run, a colour per exp-name.
+
+    A run that was evaluated once is a dot there, and a line without dots for its training episodes.
+    """
     runs = runs[["eval/mean_return" in curves for curves in runs.curves]]
     if runs.empty:
         return
@@ -115,7 +128,12 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
     for axis, (task, own) in zip(axes, by_task, strict=True):
         for run in own.itertuples():
             colour = f"C{names.index(run.exp_name)}"
-            line(axis, [run.curves["eval/mean_return"]], colour, run.exp_name)
+            evaluations = run.curves["eval/mean_return"]
+            episodes = run.curves.get("charts/episodic_return", [])
+            if len(evaluations) == 1 and len(episodes):
+                means = training_means(episodes, run.steps)
+                axis.plot(*(means / (1000, 1)).T, color=colour)
+            line(axis, [evaluations], colour, run.exp_name)
         for returns, style, label in (
             (random_returns(own), "--", "random policy"),
             (own.constant.iloc[0], ":", "best constant action"),

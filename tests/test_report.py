@@ -422,7 +422,7 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     episodes = [(50, 30), (150, 99), (750, 98), (751, 50), (900, 60)]
     scalars = curves([(500, 95), (1000, 400)], episodes)
     write_run(tmp_path, "walker-run", "base", 2, 400.0, scalars=scalars, **control)
-    scalars = curves([(1000, 800)], [(150, 99)])
+    scalars = curves([(1000, 800)], [(120, 97), (200, 101), (201, 7)])
     write_run(tmp_path, "reacher-easy", "plastic", 1, 800.0, scalars=scalars, **control)
     assert printed(capsys, runs=(tmp_path,), plot=tmp_path) == [
         "| reacher-easy | plastic | 2,000 |  |  |  | 800.0 | 1 | 879.7 | 2.0 |",
@@ -435,6 +435,8 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     lines = [line.get_xydata().tolist() for line in walker.get_lines()]
     assert lines[:2] == [[[1.0, 90.0], [2.0, 300.0]], [[1.0, 95.0], [2.0, 400.0]]]
     assert {y for _, y in lines[2]} == {30.0}
+    training, evaluation = [line.get_xydata().tolist() for line in reacher.get_lines()]
+    assert (training, evaluation) == ([[0.4, 99.0], [0.6, 7.0]], [[2.0, 800.0]])  # by tenths
     legend = [text.get_text() for text in walker.get_legend().get_texts()]
     assert legend == ["base", "random policy"]
 
