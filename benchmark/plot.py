@@ -140,7 +140,9 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
         ):
             if returns:
                 axis.axhline(np.mean(returns), color="gray", linestyle=style, label=label)
-        axis.set(title=task, ylabel="mean return")
+        lone = all(len(curves["eval/mean_return"]) == 1 for curves in own.curves)
+        key = " (lines: training, dots: evaluation)" if lone else ""
+        axis.set(title=task, ylabel=f"mean return{key}")
         handles, labels = axis.get_legend_handles_labels()
         once = dict(zip(labels, handles, strict=True))
         axis.legend(once.values(), once.keys())
