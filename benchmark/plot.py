@@ -108,11 +108,11 @@ def random_returns(runs: pd.DataFrame) -> list[float]:
 def training_means(episodes: np.ndarray, length: int, parts: int = 10) -> np.ndarray:
     """Mean return of the training episodes that end in each of `parts` equal parts of a run.
 
-    `episodes` is [episodes, 2], steps and returns; the result is [parts, 2], a part's last step
-    and its mean, without the parts in which no episode ends.
+    `episodes` is [episodes, 2], steps and returns; the result is [parts, 2], a part's middle and
+    its mean, without the parts in which no episode ends.
     """
-    ends = np.ceil(episodes[:, 0] * parts / length) * length / parts
-    return pd.Series(episodes[:, 1]).groupby(ends).mean().reset_index().to_numpy()
+    middles = (np.ceil(episodes[:, 0] * parts / length) - 0.5) * length / parts
+    return pd.Series(episodes[:, 1]).groupby(middles).mean().reset_index().to_numpy()
 
 
 def learning_curves(runs: pd.DataFrame, path: Path) -> None:

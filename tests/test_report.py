@@ -436,7 +436,7 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     assert lines[:2] == [[[1.0, 90.0], [2.0, 300.0]], [[1.0, 95.0], [2.0, 400.0]]]
     assert {y for _, y in lines[2]} == {30.0}
     training, evaluation = [line.get_xydata().tolist() for line in reacher.get_lines()]
-    assert (training, evaluation) == ([[0.4, 99.0], [0.6, 7.0]], [[2.0, 800.0]])  # by tenths
+    assert (training, evaluation) == ([[0.3, 99.0], [0.5, 7.0]], [[2.0, 800.0]])  # by tenths
     legend = [text.get_text() for text in walker.get_legend().get_texts()]
     assert legend == ["base", "random policy"]
 
