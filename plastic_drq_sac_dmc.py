@@ -82,10 +82,12 @@ if gpu.isdigit() and Path(f"/dev/nvidia{gpu}").exists():
 
 
 def no_renderer(error: Exception) -> NoReturn:
-    """End with one line: what MuJoCo lacks, and what to install."""
+    """End with one line: what MuJoCo lacks, what to install. An importer gets a RuntimeError."""
     problem = f"MuJoCo cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']}"
     advice = "install libegl1 and libegl-mesa0, or libosmesa6 (packages of Debian and Ubuntu)"
     advice += ", or set MUJOCO_GL to egl, osmesa or glfw"
+    if __name__ != "__main__":
+        raise RuntimeError(f"{problem}: {advice}") from error
     sys.unraisablehook = lambda hook: None  # dm_control's half-made objects would complain, too
     sys.exit(f"error: {problem}: {advice} ({error})")
 

@@ -110,3 +110,9 @@ def test_a_renderer_that_does_not_work(tmp_path, data, renderer):
     assert (process.returncode, output) == (1, "")
     assert error.startswith(f"error: MuJoCo cannot render with MUJOCO_GL={renderer}: install")
     assert "Traceback" not in error
+
+
+def test_an_importer_without_a_renderer_gets_an_exception():
+    """SystemExit would end pytest, or a notebook's kernel."""
+    with pytest.raises(RuntimeError, match="^MuJoCo cannot render with .* install"):
+        dmc.no_renderer(ImportError("no library"))
