@@ -114,5 +114,5 @@ def test_a_renderer_that_does_not_work(tmp_path, data, renderer):
 
 def test_an_importer_without_a_renderer_gets_an_exception():
     """SystemExit would end pytest, or a notebook's kernel."""
-    with pytest.raises(RuntimeError, match="^MuJoCo cannot render with .* install"):
+    with pytest.raises(RuntimeError, match=r"^MuJoCo cannot render with .* install"):
         dmc.no_renderer(ImportError("no library"))
