@@ -38,9 +38,9 @@ METRICS = {  # of Figure 4, by TensorBoard tag; the eigenvalue is the largest by
     "plasticity/active_units/backbone": "active units, backbone",
 }
 PARTS = {  # of exp-names, and how the paper calls them
-    "ln": "LN", "sam": "SAM", "crelu": "CReLU", "reset": "Reset", "plastic": "PLASTIC",
-    "redo": "ReDo", "l2init": "L2 Init", "clip": "weight clipping", "shrink": "S&P",
-    "tortoise": "Hare & Tortoise",
+    "base": "base", "ln": "LN", "sam": "SAM", "crelu": "CReLU", "reset": "Reset",
+    "plastic": "PLASTIC", "redo": "ReDo", "l2init": "L2 Init", "clip": "weight clipping",
+    "shrink": "S&P", "tortoise": "Hare & Tortoise",
 }
 # Exp-names by panel. Figure 3's last panel is not in the paper, but of fig3_beyond.sh.
 FIGURE_2 = "base sam ln crelu reset plastic".split()
@@ -69,8 +69,11 @@ FIGURES_5_AND_6 = {
 
 
 def method(exp_name: str) -> str:
-    """As the paper calls it: "ln_sam" is "LN + SAM"."""
-    return " + ".join(PARTS.get(part, part) for part in exp_name.split("_"))
+    """As the paper calls it: "ln_sam" is "LN + SAM". A name of another kind stays as it is."""
+    if exp_name == "ln_reset":
+        return "PLASTIC† (LN + Reset)"
+    parts = exp_name.split("_")
+    return " + ".join(PARTS[part] for part in parts) if set(parts) <= PARTS.keys() else exp_name
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -133,7 +136,7 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
             if len(evaluations) == 1 and len(episodes):
                 means = training_means(episodes, run.steps)
                 axis.plot(*(means / (1000, 1)).T, color=colour)
-            line(axis, [evaluations], colour, run.exp_name)
+            line(axis, [evaluations], colour, method(run.exp_name))
         for returns, style, label in (
             (random_returns(own), "--", "random policy"),
             (own.constant.iloc[0], ":", "best constant action"),
@@ -149,8 +152,17 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
     save(figure, path)
 
 
+def reset_steps(args: dict, length: int) -> np.ndarray:
+    """Environment steps [resets] in which a run of this length was reset, by its flags."""
+    per_step = args.get("replay_ratio") or args.get("updates_per_step", 1)
+    repeat, every = args.get("action_repeat", 1), args.get("reset_interval", 0)
+    updates = (length // repeat - args["learning_starts"] + 1) * per_step
+    counts = np.arange(every, updates, every) if every else np.empty(0)  # none at the last update
+    return repeat * (args["learning_starts"] - 1 + np.ceil(counts / per_step))
+
+
 def figure4(runs: pd.DataFrame, path: Path) -> None:
-    """Plasticity metrics over time, a line per exp-name."""
+    """Plasticity metrics over time, a line per exp-name; dotted where its first run was reset."""
     runs = runs[[bool(METRICS.keys() & curves.keys()) for curves in runs.curves]]
     if runs.empty:
         return
@@ -161,6 +173,8 @@ def figure4(runs: pd.DataFrame, path: Path) -> None:
             found = [curves[tag] for curves in own.curves if tag in curves]
             if found:
                 line(axis, found, f"C{i}", method(name))
+                for step in reset_steps(own.args.iloc[0], own.steps.iloc[0]):
+                    axis.axvline(step / 1000, color=f"C{i}", linestyle=":", linewidth=1)
         axis.set(title=title)
         axis.set(**{"yscale": "log"} if "eigenvalue" in tag else {"ylim": (0, None)})
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")

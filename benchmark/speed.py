@@ -41,7 +41,6 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import plastic_drq_rainbow_atari
-import plastic_drq_sac_dmc
 import plastic_pretrained_finetune
 import synth_cifar_plasticity
 
@@ -82,6 +81,8 @@ def rainbow(script: ModuleType, device: str, **flags) -> Subject:
 
 def dmc(device: str, **flags) -> Subject:
     """DrQ-SAC on quadruped-run after 200 random interactions."""
+    import plastic_drq_sac_dmc  # here, as it needs a renderer, which the others do without
+
     args = plastic_drq_sac_dmc.Args(device=device, buffer_size=2_000, **flags)
     env, generators = plastic_drq_sac_dmc.make_env(args), plastic_drq_sac_dmc.make_generators(args)
     agent, replay, update, act = plastic_drq_sac_dmc.make_agent(args, env, generators)
