@@ -153,28 +153,29 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
 
 
 def reset_steps(args: dict, length: int) -> np.ndarray:
-    """Environment steps [resets] in which a run of this length was reset, by its flags."""
+    """Environment steps [resets] in which a run of this length was reset: never in its last."""
     per_step = args.get("replay_ratio") or args.get("updates_per_step", 1)
     repeat, every = args.get("action_repeat", 1), args.get("reset_interval", 0)
-    updates = (length // repeat - args["learning_starts"] + 1) * per_step
-    counts = np.arange(every, updates, every) if every else np.empty(0)  # none at the last update
+    updates = (length // repeat - args["learning_starts"]) * per_step  # without the last step's
+    counts = np.arange(every, updates + 1, every) if every else np.empty(0)
     return repeat * (args["learning_starts"] - 1 + np.ceil(counts / per_step))
 
 
 def figure4(runs: pd.DataFrame, path: Path) -> None:
-    """Plasticity metrics over time, a line per exp-name; dotted where its first run was reset."""
+    """Plasticity metrics over time, a line per exp-name; dotted lines where runs were reset."""
     runs = runs[[bool(METRICS.keys() & curves.keys()) for curves in runs.curves]]
     if runs.empty:
         return
     names = runs.exp_name.str.removesuffix("_metrics")
+    resets = {step for run in runs.itertuples() for step in reset_steps(run.args, run.steps)}
     figure, axes = panels(len(METRICS))
     for axis, (tag, title) in zip(axes, METRICS.items(), strict=True):
         for i, (name, own) in enumerate(runs.groupby(names)):
             found = [curves[tag] for curves in own.curves if tag in curves]
             if found:
                 line(axis, found, f"C{i}", method(name))
-                for step in reset_steps(own.args.iloc[0], own.steps.iloc[0]):
-                    axis.axvline(step / 1000, color=f"C{i}", linestyle=":", linewidth=1)
+        for step in sorted(resets):
+            axis.axvline(step / 1000, color="gray", linestyle=":")
         axis.set(title=title)
         axis.set(**{"yscale": "log"} if "eigenvalue" in tag else {"ylim": (0, None)})
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
@@ -203,7 +204,8 @@ def bars(rows: list[dict], ylabel: str, path: Path, title: str = "") -> None:
             axis.vlines(x, low, high, color="black")
             axis.plot([x] * len(row["dots"]), row["dots"], "o", ms=3.5, mfc="white", mec="black")
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(names)), [name.replace(" + ", " +\n") for name in names])
+        labels = [name.replace(" (", "\n(").replace(" + ", " +\n") for name in names]
+        axis.set_xticks(range(len(names)), labels)
         axis.grid(False, axis="x")
         axis.set_title(panel)
     axes[0, 0].set_ylabel(ylabel)

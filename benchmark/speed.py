@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -81,7 +82,7 @@ def rainbow(script: ModuleType, device: str, **flags) -> Subject:
 
 def dmc(device: str, **flags) -> Subject:
     """DrQ-SAC on quadruped-run after 200 random interactions."""
-    import plastic_drq_sac_dmc  # here, as it needs a renderer, which the others do without
+    import plastic_drq_sac_dmc  # needs a renderer, which the others do without
 
     args = plastic_drq_sac_dmc.Args(device=device, buffer_size=2_000, **flags)
     env, generators = plastic_drq_sac_dmc.make_env(args), plastic_drq_sac_dmc.make_generators(args)
@@ -299,7 +300,10 @@ def main(args: Args) -> None:
         (model, *_) = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) or ["CPU"]
         hardware = f"{torch.get_num_threads()} threads of {model}"
     figures: dict = {"hardware": hardware, "torch": torch.__version__, "quick": args.quick}
-    for script in SCRIPTS if args.script == "all" else [args.script.removesuffix(".py")]:
+    scripts = list(SCRIPTS) if args.script == "all" else [args.script.removesuffix(".py")]
+    for script in scripts:  # before all measuring: without a renderer, DeepMind Control's fails
+        import_module(script)
+    for script in scripts:
         figures[f"{script}.py"] = measure(script, args)
         for name, method in figures[f"{script}.py"].items():
             print(f"{script} {name} on {hardware}")

@@ -488,8 +488,11 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     for seed, values in ((1, (1.0, 4.0)), (2, (3.0, 8.0))):
         points = list(zip((5000, 10000), values, strict=True))
         write_run(tmp_path, "Pong", "base_metrics", seed, 0.0, scalars={tag: points})
-    resets = dict(reset_interval=60_001, learning_starts=2000, scalars={tag: [(5000, 7.0)]})
-    write_run(tmp_path, "Pong", "reset_metrics", 1, 0.0, **resets)
+    own = dict(learning_starts=2000, replay_ratio=2)
+    scalars = {tag: [(5000, 7.0)]}
+    write_run(
+        tmp_path, "Pong", "reset_metrics", 1, 0.0, scalars=scalars, reset_interval=65_333, **own
+    )
     span = 14.6 + 20.7  # from a random policy's return to a human's
     names = "base sam sam_reused sam_noiseless sam_rho0.3 base_batch64 plastic sam_head"
     for i, name in enumerate(names.split()):
@@ -502,11 +505,11 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     assert set(figures) == {f"{name}.png" for name in numbers.split()}
     eigenvalue, active, _ = figures["figure4.png"].axes
     assert eigenvalue.get_lines()[0].get_xydata().tolist() == [[5.0, 2.0], [10.0, 6.0]]
-    assert len(active.get_lines()) == 0
-    # Two updates a step, from step 2,000 on: update 60,001 is the first of step 32,000's. Base has
-    # no resets; the fourth would be after the last update, 196,002.
-    vertical = [line.get_xdata() for line in eigenvalue.get_lines()[2:]]
-    assert vertical == [[32.0, 32.0], [62.0, 62.0], [92.001, 92.001]]
+    # Two updates a step, from step 2,000 on: update 65,333 is the first of step 34,666's, 130,666
+    # the second of 67,332's, 195,999 the first of 99,999's. Base has no resets.
+    vertical = [line.get_xdata()[0] for line in active.get_lines()]
+    assert vertical == [34.666, 67.332, 99.999]
+    assert plot.reset_steps({"reset_interval": 196_001} | own, 100_000).tolist() == []  # the last
     assert heights(figures["figure5.png"]) == {
         "noise in SAM's passes": pytest.approx([0, 0.1, 0.2, 0.3], abs=1e-6),
         "SAM on": pytest.approx([0, 0.7, 0.1], abs=1e-6),
