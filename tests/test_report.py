@@ -509,7 +509,6 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     # the second of 67,332's, 195,999 the first of 99,999's. Base has no resets.
     vertical = [line.get_xdata()[0] for line in active.get_lines()]
     assert vertical == [34.666, 67.332, 99.999]
-    assert plot.reset_steps({"reset_interval": 196_001} | own, 100_000).tolist() == []  # the last
     assert heights(figures["figure5.png"]) == {
         "noise in SAM's passes": pytest.approx([0, 0.1, 0.2, 0.3], abs=1e-6),
         "SAM on": pytest.approx([0, 0.7, 0.1], abs=1e-6),
@@ -527,6 +526,27 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     assert [text.get_text() for text in iqm.get_yticklabels()] == ["PLASTIC", "SAM", "Base"]
     marks = [mark.get_segments()[0][0][0] for mark in iqm.collections]
     assert marks == pytest.approx([0.6, 0.1, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("updates_flag", ["replay_ratio", "updates_per_step"])
+@pytest.mark.parametrize("per_step", [1, 2, 8])
+@pytest.mark.parametrize("repeat", [1, 4])
+def test_reset_steps_are_those_of_the_training_loop(updates_flag, per_step, repeat):
+    for every in (0, 1, 5, 8, 71, 72, 73, 1000):
+        resets, updates, last = [], 0, 12  # in steps of the agent
+        for step in range(1, last + 1):
+            for _ in range(per_step if step >= 3 else 0):
+                updates += 1
+                if every > 0 and updates % every == 0 and step < last:
+                    resets.append(repeat * step)
+        args = {updates_flag: per_step, "action_repeat": repeat, "learning_starts": 3}
+        assert plot.reset_steps(args | {"reset_interval": every}, repeat * last).tolist() == resets
+
+
+def test_methods_have_the_papers_names():
+    names = "base ln_sam ln_reset plastic base_rr2 example".split()
+    shown = ["base", "LN + SAM", "PLASTIC† (LN + Reset)", "PLASTIC", "base_rr2", "example"]
+    assert [plot.method(name) for name in names] == shown
 
 
 # --- The reports of a Markdown file ---
