@@ -33,6 +33,12 @@ def test_the_best_action_is_written_where_reports_find_it(tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="pass --overwrite"):
         constant_actions.main(args)
 
+    args = constant_actions.Args(**flags, run_dir=tmp_path, actions=(3, 2), overwrite=True)
+    constant_actions.main(args)
+    result = json.loads((tmp_path / "Pong__constant__7" / "result.json").read_text())
+    assert (result["args"]["action"], result["mean_return"]) == (2, 4.0)
+    assert (result["actions"], result["episode_returns_by_action"]) == ([3, 2], [paid[3], paid[2]])
+
 
 def test_one_action_plays_whole_games():
     """Pong's opponent wins 21 to 0 against a paddle that does nothing."""
@@ -45,6 +51,8 @@ def test_what_cannot_be_is_told_before_the_games(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such game"):
         constant_actions.Args(env_id="Pang")
     monkeypatch.setattr(constant_actions.script, "evaluate", None)
+    with pytest.raises(SystemExit, match="Pong has the actions 0 to 5"):
+        constant_actions.main(constant_actions.Args(env_id="Pong", actions=(6,), run_dir=tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         constant_actions.main(constant_actions.Args(env_id="Pong", run_dir=tmp_path / "file"))
