@@ -390,7 +390,7 @@ class ResidualConv(nn.Conv2d):
     Normal with standard deviation scale * sqrt(2 / (outputs * kernel area)) (Zhang et al., 2019).
     """
 
-    scale = 12**-0.25  # SimTPR's
+    scale = 12**-0.25  # SimTPR's; no argument, as Conv2d's __init__ draws the weights already
 
     def reset_parameters(self) -> None:
         """Fresh parameters, in place."""
@@ -502,12 +502,12 @@ class QNetwork(nn.Module):
             if isinstance(module, NoisyLinear):
                 module.sample_noise(generator)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Images in [0, 1] [B, 4, 84, 84] -> log-probabilities, [B, num_actions, n_atoms].
 
         Or their features [B, 3136], where a frozen backbone ran before.
         """
-        features = self.backbone(images) if images.dim() == 4 else images
+        features = inputs if inputs.dim() == 2 else self.backbone(inputs)
         # The gradients of both streams add up here, so they are scaled by 1/sqrt(2) (Wang et al.,
         # 2016): lerp(x, x) is x, but only its second end passes a gradient on.
         return self.head(torch.lerp(features.detach(), features, 2**-0.5))
@@ -823,10 +823,10 @@ class Agent:
         return self.target.q_values(self.target(to_images(obs))).argmax(1)
 
     @torch.no_grad()
-    def td_target(self, batch: Batch, next_images: Tensor) -> Tensor:
+    def td_target(self, batch: Batch, next_inputs: Tensor) -> Tensor:
         """Distribution of the n-step return, bootstrapped by double Q (Eq. 1): [B, n_atoms]."""
-        action = self.online.q_values(self.online(next_images)).argmax(1)
-        next_probs = gather_action(self.target(next_images), action).exp()
+        action = self.online.q_values(self.online(next_inputs)).argmax(1)
+        next_probs = gather_action(self.target(next_inputs), action).exp()
         return project(next_probs, batch.n_step_return, batch.discount, self.target.support)
 
     def update(self, replay: ReplayBuffer) -> dict[str, Tensor]:
@@ -836,25 +836,25 @@ class Agent:
         # Line 8: a minibatch by priority, augmented. beta rises from per_beta to 1.
         beta = args.per_beta + (1 - args.per_beta) * self.updates / (self.num_updates - 1)
         batch, weights = replay.sample(args.batch_size, beta, generator)
-        images = augment(batch.obs, args.aug_shift, args.aug_intensity, generator)
-        next_images = augment(batch.next_obs, args.aug_shift, args.aug_intensity, generator)
+        inputs = augment(batch.obs, args.aug_shift, args.aug_intensity, generator)
+        next_inputs = augment(batch.next_obs, args.aug_shift, args.aug_intensity, generator)
 
         # A frozen encoder is the same in both networks and in every pass: it runs once, and from
         # here on its features take the images' place.
         if args.freeze_backbone:
             with torch.no_grad():
-                images, next_images = online.backbone(torch.cat([images, next_images])).chunk(2)
+                inputs, next_inputs = online.backbone(torch.cat([inputs, next_inputs])).chunk(2)
 
         # Lines 11, then 9: double Q-learning reads the online network, too, so noise comes first.
         online.sample_noise(generator)
         target.sample_noise(generator)
-        td_target = self.td_target(batch, next_images)
+        td_target = self.td_target(batch, next_inputs)
 
         # Line 12: the gradient at w.
         if args.sam_rho > 0 and args.sam_noise == "none":
             online.head.eval()  # no noise in this pass
         self.optimizer.zero_grad()
-        log_probs = online(images)
+        log_probs = online(inputs)
         td_errors = cross_entropy(log_probs, batch.action, td_target)  # [B]
         loss = (weights * td_errors).mean()
         loss.backward()
@@ -866,7 +866,7 @@ class Agent:
                 if args.sam_noise == "independent":
                     online.sample_noise(generator)
                 self.optimizer.zero_grad()
-                sam_td_errors = cross_entropy(online(images), batch.action, td_target)
+                sam_td_errors = cross_entropy(online(inputs), batch.action, td_target)
                 (weights * sam_td_errors).mean().backward()
 
         # Line 17: the step from w.
@@ -1152,21 +1152,12 @@ class Counters:
     resets: int = 0
     training_seconds: float = 0.0  # of acting and learning
     wall_clock_seconds: float = 0.0  # of all, evaluations included
-    resumed_at: list[int] = field(default_factory=list)  # steps after which it was continued
+    # steps, or updates of a pretraining, after which it was continued
+    resumed_at: list[int] = field(default_factory=list)
     git_commits: list[str | None] = field(default_factory=list)  # of each process
     wandb_id: str | None = None
-
-
-@dataclass
-class PretrainingCounters:
-    """The same of a pretraining."""
-
-    frames: int = 0  # of its videos
-    gradient_updates: int = 0
-    final_loss: float = 0.0  # mean over the updates of the newest log interval
-    wall_clock_seconds: float = 0.0
-    resumed_at: list[int] = field(default_factory=list)  # updates after which it was continued
-    git_commits: list[str | None] = field(default_factory=list)  # of each process
+    frames: int = 0  # of a pretraining: in its videos
+    final_loss: float = 0.0  # of a pretraining: mean over the newest log interval
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -1205,11 +1196,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path,
-    args: Args,
-    counters: Counters | PretrainingCounters,
-    generators: dict,
-    tensors: dict,
+    path: Path, args: Args, counters: Counters, generators: dict, tensors: dict
 ) -> None:
     """Put all back in place.
 
@@ -1317,12 +1304,13 @@ def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) 
 def keep_stacks(terminals: Tensor) -> Tensor:
     """Which stacks of a sequence SimTPR keeps; the others are black: bool [N, T + 3] -> [N, T].
 
-    Where an episode ends in a stack's newest frame, those before it go: of stacks that end
-    0 0 1 0 0, it keeps 0 0 1 1 1, and the last ones show both episodes.
+    Where an episode ends in a stack's newest frame, the stacks before it go: with ends 0 0 1 0 0 it
+    keeps 0 0 1 1 1, of which the last two show both episodes.
     """
     ends = terminals[:, FRAME_STACK - 1 :]
     numbers = torch.arange(ends.shape[1], device=ends.device)
-    return numbers >= (ends * numbers).amax(1, keepdim=True)
+    last_end = (ends * numbers).amax(1, keepdim=True)  # [N, 1]; 0 where no episode ends
+    return numbers >= last_end
 
 
 def pretraining_loss(
@@ -1334,7 +1322,8 @@ def pretraining_loss(
     where augment() has channels: one draw per sequence. terminals, bool [N, T + 3]: their ends.
     """
     views = [augment(frames, args.aug_shift, args.aug_intensity, generator) for _ in range(2)]
-    stacks = torch.cat(views).unfold(1, FRAME_STACK, 1).permute(0, 1, 4, 2, 3)  # [2N, T, 4, 84, 84]
+    # Stack t holds the frames t to t + 3: [2N, T, 4, 84, 84].
+    stacks = torch.cat(views).unfold(1, FRAME_STACK, 1).movedim(-1, 2)
     stacks = stacks * keep_stacks(terminals).repeat(2, 1)[:, :, None, None, None]
     projections, predictions = network(stacks)
     one, other = projections.chunk(2)
@@ -1362,8 +1351,8 @@ def make_simtpr(args: Args) -> tuple[SimTPR, torch.optim.AdamW, Generator, dict[
     network = SimTPR().to(args.device)
     options = dict(betas=(0.9, 0.95), eps=1.5e-4, weight_decay=1e-5, fused=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, **options)
-    # AdamW makes its state in its first step: take one that changes nothing, so that a checkpoint
-    # finds the state in place.
+    # AdamW makes its state in its first step: take one with lr 0, so that weight decay changes
+    # nothing, and a checkpoint finds the state in place.
     for w in network.parameters():
         w.grad = torch.zeros_like(w)
     optimizer.step()
@@ -1505,6 +1494,8 @@ def record(run_dir: Path, player: QNetwork | None, args: Args) -> None:
                     stack[:] = 0
                 lives = info["lives"][0]
         terminals.unlink(missing_ok=True)  # an older recording's: halves of two never meet
+        if args.overwrite:  # the old run's checkpoint would go on with the new recording
+            (run_dir / "checkpoint.pth").unlink(missing_ok=True)
 
     def save_ends(file: BinaryIO) -> None:
         with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as compressed:
@@ -1512,6 +1503,31 @@ def record(run_dir: Path, player: QNetwork | None, args: Args) -> None:
 
     write_atomically(observations, play)
     write_atomically(terminals, save_ends)
+
+
+def prepare_videos(args: Args, run_dir: Path, counters: Counters) -> list[Video]:
+    """The videos to learn from: those of --video-dir, or a recorded one.
+
+    A recording is used where a checkpoint vouches for it, and else made anew: the same flags make
+    the same bytes. A continued run must find as many frames as it had before.
+    """
+    if args.video_dir is not None:
+        directory, num_frames = Path(args.video_dir), args.video_frames
+        files = video_files(directory)
+    else:
+        directory, num_frames = run_dir, args.collect_steps
+        files = [(run_dir / RECORDED[0], run_dir / RECORDED[1])]
+        if counters.frames == 0 or not all(path.exists() for path in files[0]):
+            model = args.collect_model
+            record(run_dir, None if model is None else load_player(model, args.env_id), args)
+    videos, before = read_videos(files, num_frames), counters.frames
+    lengths = [len(video.frames) for video in videos]
+    counters.frames = sum(lengths)
+    if before not in (0, counters.frames):
+        sys.exit(f"error: {directory}: videos of {counters.frames:,} frames, not {before:,}")
+    if max(lengths, default=0) < args.video_length:
+        sys.exit(f"error: {directory}: no video of {args.video_length} frames")
+    return videos
 
 
 # --- Run ------------------------------------------------------------------------------------------
@@ -1687,6 +1703,7 @@ def train(args: Args, run_dir: Path) -> None:
                 counters.gradient_updates += 1
                 # Not on the last step: the evaluation would be of a fresh head.
                 if due(args.reset_interval, counters.gradient_updates) and not last:
+                    check_finite(losses, step)  # a fresh head on a frozen encoder would hide it
                     agent.reset()
                     counters.resets += 1
         counters.training_seconds += time.perf_counter() - step_start
@@ -1734,9 +1751,7 @@ def train(args: Args, run_dir: Path) -> None:
     print(f"{summary(args.env_id, returns)}; {run_dir / 'result.json'}")
 
 
-def finish_pretraining(
-    args: Args, run_dir: Path, counters: PretrainingCounters, network: SimTPR
-) -> None:
+def finish_pretraining(args: Args, run_dir: Path, counters: Counters, network: SimTPR) -> None:
     """Write the encoder, then result.json: where it is, a run is finished."""
     model_path, python = run_dir / "model.pth", sys.version.split()[0]
     state = {f"backbone.{name}": w.cpu() for name, w in network.backbone.state_dict().items()}
@@ -1756,40 +1771,16 @@ def finish_pretraining(
     print(f"{args.env_id}: loss {loss:.3f} after {updates:,} updates; {model_path}")
 
 
-def prepare_videos(args: Args, run_dir: Path, counters: PretrainingCounters) -> list[Video]:
-    """The videos to learn from: those of --video-dir, or a recorded one.
-
-    A recording is used where a checkpoint vouches for it, and else made anew: the same flags make
-    the same bytes. A continued run must find as many frames as it had before.
-    """
-    recording = tuple(run_dir / name for name in RECORDED)
-    if args.video_dir is not None:
-        files = video_files(Path(args.video_dir))
-    else:
-        files = [recording]
-        if counters.frames == 0 or not all(path.exists() for path in recording):
-            model = args.collect_model
-            record(run_dir, None if model is None else load_player(model, args.env_id), args)
-    videos = read_videos(files, args.video_frames if args.video_dir else args.collect_steps)
-    directory, before = args.video_dir or run_dir, counters.frames
-    lengths = [len(video.frames) for video in videos]
-    counters.frames = sum(lengths)
-    if before not in (0, counters.frames):
-        sys.exit(f"error: {directory}: videos of {counters.frames:,} frames, not {before:,}")
-    if max(lengths, default=0) < args.video_length:
-        sys.exit(f"error: {directory}: no video of {args.video_length} frames")
-    return videos
-
-
 def pretrain(args: Args, run_dir: Path) -> None:
     """SimTPR's pretraining from its seed, or from its checkpoint, to model.pth and result.json."""
     checkpoint_path = run_dir / "checkpoint.pth"
     network, optimizer, generator, tensors = make_simtpr(args)
-    generators, counters = {"augmentation": generator}, PretrainingCounters()
+    generators, counters = {"augmentation": generator}, Counters()
     if checkpoint_path.exists() and not args.overwrite:
         load_checkpoint(checkpoint_path, args, counters, generators, tensors)
         counters.resumed_at.append(counters.gradient_updates)
     counters.git_commits.append(git_commit())
+    start_time = time.perf_counter() - counters.wall_clock_seconds
     videos = prepare_videos(args, run_dir, counters)
     starts, batch_size = every_start(videos, args.video_length), args.pretrain_batch_size
     total = max(round(args.pretrain_epochs * math.ceil(len(starts) / batch_size)), 1)
@@ -1801,17 +1792,16 @@ def pretrain(args: Args, run_dir: Path) -> None:
     size = f"encoder of {sum(w.numel() for w in network.backbone.parameters()):,} parameters"
     size += f", {counters.frames:,} frames of video, {total:,} updates, on {device_name(args)}"
     print(f"{run_dir}: {size}, from update {counters.gradient_updates}", file=sys.stderr)
-    start_time = time.perf_counter() - counters.wall_clock_seconds
     checkpoint_time = time.perf_counter()
     stop_signals = catch_stop_signals()
-    batches = islice(draw_starts(starts, batch_size, args.seed), counters.gradient_updates, total)
-    progress = tqdm(batches, args.env_id, total, initial=counters.gradient_updates, disable=None)
-    for chosen in progress:
-        counters.gradient_updates += 1
-        update = counters.gradient_updates
+    first = counters.gradient_updates
+    batches = islice(draw_starts(starts, batch_size, args.seed), first, total)
+    progress = tqdm(batches, args.env_id, total, initial=first, disable=None)
+    for update, batch_starts in enumerate(progress, first + 1):
+        counters.gradient_updates = update
 
         # Learn
-        batch = cut_sequences(videos, chosen, args)
+        batch = cut_sequences(videos, batch_starts, args)
         losses = pretrain_update(network, optimizer, batch, args, generator)
         for name, value in losses.items():
             if not math.isfinite(value):

@@ -98,7 +98,7 @@ class Args:
     scores: Path | None = None  # a CSV file of method, task, seed, score instead of runs
     benchmark: Literal["atari", "dmc"] = "atari"  # what the scores are of
     plot: Path | None = None  # draw figures in this directory
-    csv: Path | None = None  # write each run's score to this file, which --scores reads
+    csv: Path | None = None  # instead of tables: the runs' scores, to a file that --scores reads
     last: int = 5  # stages at the end over which the synthetic experiment's accuracy is averaged
     reps: int = 2_000  # bootstrap samples
     runs_per_gpu: int = 1  # runs that shared a GPU: their hours are divided by it (appendix A.1)
@@ -482,12 +482,25 @@ def aggregate_tables(args: Args, runs: pd.DataFrame) -> list[tuple[str, str, lis
     return tables
 
 
+def write_scores(runs: pd.DataFrame, path: Path) -> None:
+    """A row per run, without those of policies that learn nothing."""
+    if runs.empty or {"atari", "pretrained"} <= set(runs.benchmark):
+        sys.exit("error: --csv: needs runs of agents, but not both Atari's and fine-tuning's")
+    columns = ["method", "task", "seed", "score", "steps", "commit"]
+    runs = runs[runs.args.map(fixed_policy) == ""]
+    runs.rename(columns={"exp_name": "method"})[columns].to_csv(path, index=False)
+    print(f"{len(runs)} scores: {path}")
+
+
 def report(args: Args) -> int:
     """Print the tables, draw the figures; 1 if an aggregate was refused."""
     runs = read_scores(args.scores, args.benchmark) if args.scores else read_runs(args.runs)
     synthetic, runs = runs[runs.benchmark == "synthetic"], runs[runs.benchmark != "synthetic"]
     if runs.empty and (args.table is not None or args.scores is not None):
         sys.exit("error: no runs there for this table")
+    if args.csv is not None:
+        write_scores(runs, args.csv)
+        return 0
 
     @cache
     def of(benchmark: str, exp_name: str) -> dict:
@@ -512,12 +525,6 @@ def report(args: Args) -> int:
         learning = with_curves(runs)
         if args.table is None:
             show_returns(learning)
-    if args.csv is not None:
-        if runs.empty or {"atari", "pretrained"} <= set(runs.benchmark):
-            sys.exit("error: --csv: needs runs of agents, but not both Atari's and fine-tuning's")
-        columns = ["method", "task", "seed", "score", "steps", "commit"]
-        runs = runs[runs.args.map(fixed_policy) == ""]
-        runs.rename(columns={"exp_name": "method"})[columns].to_csv(args.csv, index=False)
     if args.plot is not None:
         plot.draw(args.plot, learning, late, title, of, paper("table2_scaling"), tables)
     return int(any(refused))

@@ -1,6 +1,7 @@
 """The fine-tuning script's runs beyond what all scripts promise (test_promises.py)."""
 
 import gzip
+import math
 import signal
 
 import numpy as np
@@ -52,6 +53,17 @@ def test_an_encoder_that_a_run_needs_survives_overwrite(play, tmp_path):
     with pytest.raises(SystemExit, match=r"model.pth: this run would replace it"):
         play(TUNE, overwrite=True, pretrained_path=str(path))
     assert contents(run_dir) == before
+
+
+def test_a_reset_hides_no_number_that_is_not_finite(play, monkeypatch):
+    """A fresh head on a frozen encoder would be finite again, the priorities would not."""
+    broken, original = [], ft.cross_entropy
+    faulty = lambda *call: original(*call) * (math.nan if broken else 1)  # noqa: E731
+    monkeypatch.setattr(ft, "cross_entropy", faulty)
+    events = {12: lambda: broken.append(0), 13: broken.clear}
+    flags = dict(reset_interval=15, buffer_size=16, log_interval=1000, checkpoint_interval=0)
+    with pytest.raises(SystemExit, match="step 15: td_loss is not finite"):  # 2 updates from 8 on
+        play(TUNE, events, **flags)
 
 
 # --- Pretraining ----------------------------------------------------------------------------------
@@ -106,6 +118,17 @@ def test_a_recording_is_used_where_a_checkpoint_vouches_for_it(play, tmp_path, m
     monkeypatch.setattr(ft, "record", lambda *_: 1 / 0)
     play(PRETRAIN, resume=True, **RECORD)
     assert all(contents(run_dir)[name] == anew[name] for name in ft.RECORDED)
+
+
+def test_no_checkpoint_vouches_for_the_recording_of_another_run(play, tmp_path, monkeypatch):
+    """Not even where a run with --overwrite ends between its recording and its first update."""
+    with pytest.raises(SystemExit):
+        play(PRETRAIN, {5: stop}, **RECORD)
+    monkeypatch.setattr(ft, "read_videos", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        play(PRETRAIN, overwrite=True, **RECORD)
+    assert names(tmp_path / PRETRAIN.dir) >= {*ft.RECORDED}
+    assert "checkpoint.pth" not in names(tmp_path / PRETRAIN.dir)
 
 
 def test_an_overwrite_that_cannot_begin_loses_nothing(play, tmp_path, data):
