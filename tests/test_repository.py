@@ -172,8 +172,8 @@ def test_readme_shows_the_table_that_results_opens_with():
     assert README.split("\n\n").count(claims) == 1
 
 
-ELSEWHERE = """--help --logdir --json --script --plot --rounds --model --no-mps --partition --jobs
---per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
+ELSEWHERE = """--help --actions --logdir --json --script --plot --rounds --model --no-mps --jobs
+--partition --per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
 --readme"""  # of others
 
 
