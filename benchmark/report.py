@@ -110,6 +110,8 @@ class Args:
             raise ValueError("--last, --reps, --runs-per-gpu must be at least 1")
         if bool(self.runs) + (self.scores is not None) + (self.readme is not None) != 1:
             raise ValueError("directories with runs, --scores FILE or --readme FILE: one of them")
+        if self.csv is not None and (self.table is not None or self.plot is not None):
+            raise ValueError("--csv makes neither a --table nor a --plot: pass it without them")
 
 
 def say(note: str) -> None:

@@ -93,6 +93,17 @@ def test_a_pretraining_goes_on_with_as_many_frames(play, tmp_path):
     assert contents(tmp_path / PRETRAIN.dir) == before
 
 
+def test_files_and_recordings_have_limits_of_their_own(play, tmp_path):
+    write_video(tmp_path / "videos", 17)
+    limit = dict(video_frames=14)
+    for flags, frames in (
+        (limit | dict(video_dir=str(tmp_path / "videos")), 14),
+        (limit | RECORD, 17),
+    ):
+        play(PRETRAIN, overwrite=True, **flags)
+        assert read_result(tmp_path / PRETRAIN.dir)["frames"] == frames
+
+
 def test_recorded_videos_survive_overwrite(play, tmp_path):
     run_dir = tmp_path / PRETRAIN.dir
     play(PRETRAIN, **RECORD)

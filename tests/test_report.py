@@ -210,6 +210,9 @@ def test_scores_are_written_as_they_are_read(tmp_path):
         assert report.read_scores(tmp_path / "both.csv", benchmark).score.tolist() == scores
     write_run(tmp_path, "Alien", "base", 3, 9, "plastic_pretrained_finetune.py")  # tasks of Atari
     assert "not both" in refused(tmp_path, "--csv", tmp_path / "again.csv")
+    for flags in (dict(table="1"), dict(plot=tmp_path)):
+        with pytest.raises(ValueError, match="--csv makes neither"):
+            report.Args(runs=(tmp_path,), csv=tmp_path / "again.csv", **flags)
     (tmp_path / "scores.csv").write_text("\n".join([first, *lines, "base,Alien,3,9,20000,b"]))
     flags = ("--scores", tmp_path / "scores.csv", "--allow-missing")
     assert "steps differs" in refused(*flags)
