@@ -633,7 +633,7 @@ def test_the_results_page_has_its_gains_by_weight_decay_from_the_sweeps():
 
 @pytest.mark.parametrize("task", ["input", "label"])
 def test_the_results_page_has_what_each_method_adds_to_each_other(task):
-    """Two tables made by hand: at decay 0.001, bold where all three seeds gain, in brackets where none does."""
+    """Two tables made by hand, at decay 0.001: bold if all seeds gain, in brackets if none does."""
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
     title = {"input": "images", "label": "labels"}[task]
     head, _, *rows = text.split(f"| new {title} |")[1].split("\n\n")[0].splitlines()
