@@ -48,7 +48,7 @@ FIGURE_3 = {
     "single methods": "ln sam crelu reset",
     "combinations": "ln_sam ln_crelu ln_reset sam_crelu sam_reset crelu_reset plastic",
     "other methods": "redo l2init clip tortoise reset_shrink ln_sam_redo ln_sam_l2init "
-                     "ln_sam_clip ln_sam_tortoise ln_sam_reset_shrink",
+                     "ln_sam_clip ln_sam_tortoise ln_sam_reset_shrink ln_sam_reset",
 }
 FIGURES_5_AND_6 = {
     "figure5": ("atari", {

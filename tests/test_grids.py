@@ -26,7 +26,7 @@ LINES = {  # of each grid: 26 games, 11 tasks, 10 or 5 seeds
     "table3_pretrained": 6 * 26 * 5,
     "table4_ablation": 12 * 26 * 10,
     "fig3_synthetic": 12 * 2,
-    "fig3_beyond": 10 * 2,
+    "fig3_beyond": 11 * 2,
     "fig4_metrics": 6 * 26 * 5,
     "fig5_sam": 10 * 26 * 5 + 4 * 11 * 5,
     "fig6_rho_batch": (2 + 4 * 3) * 26 * 5,
