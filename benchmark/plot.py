@@ -191,7 +191,8 @@ def bars(rows: list[dict], ylabel: str, path: Path, title: str = "") -> None:
         return
     table = pd.DataFrame(rows)
     by_panel, tasks = table.groupby("panel", sort=False), list(table.task.unique())
-    counts, width = by_panel.name.nunique(), 0.8 / len(tasks)
+    # A title needs the room of two bars.
+    counts, width = by_panel.name.nunique().clip(2), 0.8 / len(tasks)
     options = dict(figsize=(1.5 + 1.1 * counts.sum(), 3.6), layout="constrained", squeeze=False)
     options |= dict(width_ratios=counts, sharey=True)
     figure, axes = plt.subplots(1, len(counts), **options)
@@ -205,7 +206,7 @@ def bars(rows: list[dict], ylabel: str, path: Path, title: str = "") -> None:
             axis.plot([x] * len(row["dots"]), row["dots"], "o", ms=3.5, mfc="white", mec="black")
         axis.axhline(0, color="black", linewidth=0.8)
         labels = [name.replace(" (", "\n(").replace(" + ", " +\n") for name in names]
-        axis.set_xticks(range(len(names)), labels)
+        axis.set_xticks(range(len(names)), labels, fontsize="small")
         axis.grid(False, axis="x")
         axis.set_title(panel)
     axes[0, 0].set_ylabel(ylabel)
