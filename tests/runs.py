@@ -21,7 +21,7 @@ import synth_cifar_plasticity as synth
 
 try:
     import plastic_drq_sac_dmc as dmc
-except RuntimeError:  # nothing here renders: DeepMind Control's own tests fail, no others
+except RuntimeError:  # nothing here renders: files without DeepMind Control are tested still
     dmc = None
 
 # --- What a run is made of ------------------------------------------------------------------------

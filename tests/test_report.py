@@ -638,6 +638,7 @@ def test_the_results_page_has_what_each_method_adds_to_each_other(task):
     title = {"input": "images", "label": "labels"}[task]
     head, _, *rows = text.split(f"| new {title} |")[1].split("\n\n")[0].splitlines()
     columns = head.strip(" |").split(" | ")
+    assert [row.split(" | ")[0] for row in rows] == [f"| + {column}" for column in columns[1:]]
     accuracy = {}
     for path in (ROOT / "benchmark" / "results" / "figure3").glob(f"{task}__*__1-3/result.json"):
         for tried in json.loads(path.read_text())["sweep"]:
