@@ -128,7 +128,8 @@ class Args:
 
     # Environment (Table 6)
     total_timesteps: int = 2_000_000  # environment steps; all other steps here are agent steps
-    action_repeat: int = 0  # environment steps per agent step (0 = the task's: 4 or 2)
+    # environment steps per agent step (0 = 4 for cheetah-run and reacher-easy, else 2)
+    action_repeat: int = 0
     frame_stack: int = 3  # frames per observation
     image_size: int = 64  # height and width of a frame
     grayscale: bool = True  # one channel per frame instead of three
@@ -301,7 +302,10 @@ def make_env(args: Args) -> DMControl:
 
 
 class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1)."""
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W].
+
+    Section 4.1 puts it after each convolution; it does not say over which axes.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -506,7 +510,7 @@ class ReplayBuffer:
         self.valid = torch.zeros(self.slots, dtype=torch.bool, device=device)
         self.history = torch.arange(1 - frame_stack, 1, device=device)  # -2, -1, 0
         self.cursor = 0
-        # The same, to index with and for a checkpoint.
+        # The same as a tensor, to index with and for a checkpoint.
         self.cursor_tensor = torch.zeros(1, dtype=torch.int64, device=device)
 
     def start(self, frame: np.ndarray) -> None:
@@ -653,7 +657,7 @@ def td_loss(q_values: Tensor, td_target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2). SAC has 1 - tau as tau."""
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2). Many have 1 - tau as tau."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
@@ -786,7 +790,8 @@ class Agent:
     def descend(self, names: tuple[str, ...], loss_function: Callable) -> dict[str, Tensor]:
         """One step of the named parameters on a loss: lines 15, 18 and 19 of Algorithm 2.
 
-        loss_function() gives the loss first, and whatever else is to be returned, at w.
+        loss_function() returns scalars by name, the loss first; those at w are returned, not those
+        at SAM's w + rho * g / ||g||.
         """
         parameters = [w for name in names for w in self.parameters[name]]
         in_scope = [name for name in names if name in self.sam_backup]
@@ -1090,7 +1095,7 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, step: int) -> dict[st
     """Active and dormant units of the critic on 512 transitions, sharpness on 32, drawn uniformly.
 
     The gradient's norm is on these 32, too; features are those of 1,024, or of as many as they are
-    wide. Without augmentation.
+    wide. Without augmentation, and with the mean as the target's next action.
     Random numbers are the step's own: measuring must change nothing of what is learned.
     """
     online, device = agent.online, agent.generator.device
@@ -1320,9 +1325,10 @@ def train(args: Args, run_dir: Path) -> None:
         counters = load_checkpoint(checkpoint_path, args, generators, tensors)
         counters.resumed_at.append(counters.agent_steps)
     counters.git_commits.append(git_commit())
-    # The simulation's state is not in a checkpoint: a continued run begins a new episode, of
-    # another seed than the first one's and the evaluation's.
-    frame, _ = env.reset(seed=args.seed + (1_000_003 * counters.agent_steps) % 2**30)
+    # The simulation's state is not in a checkpoint: a continued run begins a new episode, with a
+    # seed (32 bits) above all of --seed and of the evaluation.
+    continued = 2_100_000_000 + counters.agent_steps if counters.agent_steps > 0 else 0
+    frame, _ = env.reset(seed=args.seed + continued)
     replay.start(frame)
     episode_return, episode_length = 0.0, 0
 
@@ -1344,7 +1350,8 @@ def train(args: Args, run_dir: Path) -> None:
         step_start = time.perf_counter()
         last = step == args.agent_steps
 
-        # Choose an action: line 4 of Algorithm 2. Before update(): after it, the CPU would wait
+        # Choose an action: line 4 of Algorithm 2. Launched after update(), act() would wait for all
+        # of it, and the simulation for act().
         if step <= args.learning_starts:
             action = (2 * torch.rand(agent.action_dim) - 1).numpy()
         else:

@@ -144,8 +144,8 @@ class Args:
     layer_norm_scope = "all"  # without a type it is no flag; NoisyStream asks for it
     crelu: bool = False  # concatenated ReLU in the head
     sam_rho: float = 0.0  # radius of the SAM perturbation of all that is trained (0 = off)
-    # noise in the second pass: independent = drawn anew (Algorithm 1), reused = that of the first;
-    # none = no noise in the first pass
+    # noise of SAM's two passes (appendix B.4): independent = drawn for each (Algorithm 1), reused =
+    # one draw for both, none = in the second pass alone
     sam_noise: Literal["independent", "reused", "none"] = "independent"
     reset_interval: int = 0  # gradient updates between resets of the head (0 = off)
     shrink_perturb_alpha: float = 0.6  # share of the encoder's weights kept at a reset (1 = off)
@@ -274,7 +274,10 @@ def make_envs(env_id: str, num_envs: int, seed: int):
 
 
 class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1)."""
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W].
+
+    Section 4.1 puts it after each convolution; it does not say over which axes.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -315,6 +318,7 @@ class NoisyLinear(nn.Module):
         nn.init.uniform_(self.weight_mu, -bound, bound)
         nn.init.uniform_(self.bias_mu, -bound, bound)
         nn.init.constant_(self.weight_sigma, self.noisy_std / math.sqrt(in_features))
+        # By outputs, as usual in PyTorch; Fortunato et al. divide by inputs here, too.
         nn.init.constant_(self.bias_sigma, self.noisy_std / math.sqrt(out_features))
 
     def sample_noise(self, generator: Generator) -> None:
@@ -517,7 +521,7 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B transitions; the discount is gamma ** n, or 0 where a life or episode ended before."""
+    """B transitions; the discount is gamma ** n, or 0 where a done comes within the n steps."""
 
     index: Tensor  # int64 [B], slots in the buffer
     obs: Tensor  # uint8 [B, 4, 84, 84]
@@ -558,7 +562,7 @@ class ReplayBuffer:
         self.window = torch.arange(n_step, device=device)
         self.history = torch.arange(1 - FRAME_STACK, 1, device=device)  # -3, -2, -1, 0
         self.cursor = 0
-        # The same, for a CUDA graph and for a checkpoint.
+        # The same as a tensor, for a CUDA graph and for a checkpoint.
         self.cursor_tensor = torch.zeros(1, dtype=torch.int64, device=device)
         self.pending = 0  # newest transitions of this life whose n-step window is not complete
 
@@ -635,7 +639,7 @@ class ReplayBuffer:
         device = self.priorities.device
         # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
         cumulative = self.priorities.cumsum(0, dtype=torch.float64)
-        # In float64 a float32 draw stays below 1, and so in the last slot that has a priority.
+        # Not in float32: there (31 + 0.99999994) / 32 is 1, past the last slot with a priority.
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
@@ -724,7 +728,10 @@ def reset_optimizer(optimizer: torch.optim.Adam) -> None:
 
 @torch.no_grad()
 def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam) -> None:
-    """A fresh head, the same in both networks, and a fresh Adam; in place (section 4.1)."""
+    """A fresh head, the same in both networks (section 4.1), and a fresh Adam; in place.
+
+    Of Adam the paper says nothing: here it forgets its moments of the backbone, too.
+    """
     for module in online.head.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -774,7 +781,7 @@ def cross_entropy(log_probs: Tensor, action: Tensor, td_target: Tensor) -> Tenso
 
 @torch.no_grad()
 def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2). SAC has 1 - tau as tau."""
+    """w- <- tau * w- + (1 - tau) * w, in place (Algorithms 1 and 2). Many have 1 - tau as tau."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
@@ -824,7 +831,7 @@ class Agent:
 
     @torch.no_grad()
     def td_target(self, batch: Batch, next_inputs: Tensor) -> Tensor:
-        """Distribution of the n-step return, bootstrapped by double Q (Eq. 1): [B, n_atoms]."""
+        """Distribution of the n-step return, Eq. 1 with double Q for its max: [B, n_atoms]."""
         action = self.online.q_values(self.online(next_inputs)).argmax(1)
         next_probs = gather_action(self.target(next_inputs), action).exp()
         return project(next_probs, batch.n_step_return, batch.discount, self.target.support)
@@ -969,8 +976,10 @@ def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, C
 
 # --- Evaluation -----------------------------------------------------------------------------------
 
+# Returns of a random policy and of a human player (paper, Table 7, where the rows of PrivateEye,
+# Qbert, RoadRunner and Seaquest are mixed up; with these, its mean scores come out).
 # fmt: off
-RANDOM_HUMAN = {  # returns of a random policy and of a human player (paper, Table 7)
+RANDOM_HUMAN = {
     "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0),
     "Asterix": (210.0, 8503.3), "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5),
     "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5), "ChopperCommand": (811.0, 7387.8),
@@ -997,8 +1006,9 @@ def evaluate(network: QNetwork, args: Args, video: list[np.ndarray] | None = Non
     """Play --eval-episodes full games side by side; returns their returns, not clipped.
 
     Each environment plays one game: of many environments, the first games to end are the short
-    ones. The network (in the paper, the target network) plays without noise, with --eval-epsilon
-    random actions. Environment i has the seed 10,000 * (seed + 1) + i, training the seed itself.
+    ones. The network (a run's target network, which acts, too; the paper does not say) plays
+    without noise, with --eval-epsilon random actions. Environment i has the seed
+    10,000 * (seed + 1) + i, training the seed itself.
     `video`, where given, takes the first game's frames, uint8 [84, 84].
     """
     network.head.eval()  # no noise
@@ -1195,10 +1205,8 @@ def save_checkpoint(
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-def load_checkpoint(
-    path: Path, args: Args, counters: Counters, generators: dict, tensors: dict
-) -> None:
-    """Put all back in place.
+def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> Counters:
+    """Put all back in place; returns the counters.
 
     On another device than before, random streams begin anew: its generators have other states.
     """
@@ -1210,7 +1218,7 @@ def load_checkpoint(
         if checkpoint["args"]["device"] == args.device:
             for name, generator in generators.items():
                 generator.set_state(checkpoint["generators"][name])
-        vars(counters).update(checkpoint["counters"])
+        return Counters(**checkpoint["counters"])
     except OSError:
         raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
@@ -1648,12 +1656,13 @@ def train(args: Args, run_dir: Path) -> None:
     tensors = {**agent.tensors(), **replay.tensors()}
     counters = Counters()
     if checkpoint_path.exists() and not args.overwrite:
-        load_checkpoint(checkpoint_path, args, counters, generators, tensors)
+        counters = load_checkpoint(checkpoint_path, args, generators, tensors)
         counters.resumed_at.append(counters.env_steps)
     counters.git_commits.append(git_commit())
-    # The emulator's state is not in a checkpoint: a continued run begins a new episode, with other
-    # no-ops than the first one's and the evaluation's.
-    envs = make_envs(args.env_id, 1, args.seed + (1_000_003 * counters.env_steps % 2**30))
+    # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
+    # (31 bits) above all of --seed and of the evaluation.
+    continued = 2_100_000_000 + counters.env_steps if counters.env_steps > 0 else 0
+    envs = make_envs(args.env_id, 1, args.seed + continued)
     frames, info = envs.reset()
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
@@ -1777,7 +1786,7 @@ def pretrain(args: Args, run_dir: Path) -> None:
     network, optimizer, generator, tensors = make_simtpr(args)
     generators, counters = {"augmentation": generator}, Counters()
     if checkpoint_path.exists() and not args.overwrite:
-        load_checkpoint(checkpoint_path, args, counters, generators, tensors)
+        counters = load_checkpoint(checkpoint_path, args, generators, tensors)
         counters.resumed_at.append(counters.gradient_updates)
     counters.git_commits.append(git_commit())
     start_time = time.perf_counter() - counters.wall_clock_seconds

@@ -163,7 +163,7 @@ class Args:
             ("--learning-rate", self.learning_rate),
             ("--weight-decay", self.weight_decay),
         ):
-            # As log_means() writes them.
+            # As log_means() writes them: 0.1 and 0.1000001 would have the same name.
             if not values or len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{flag} needs one value, or several different ones")
         if self.shrink_perturb_alpha < 1 and self.reset_interval == 0:
@@ -264,7 +264,7 @@ def load_cifar10(args: Args) -> tuple[np.ndarray, ...]:
 
 
 # Each seed's streams of NumPy's random numbers: a draw follows from seed, stream and stage alone
-# (RECYCLED: update instead of stage).
+# (ORDER: without the stage; RECYCLED: update instead of stage).
 ORDER, BATCHES, LABELS, RESETS, EVALUATED, RECYCLED = range(6)
 
 
@@ -320,7 +320,10 @@ class SampleLayerNorm(nn.Module):
 
 
 class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W] (section 4.1)."""
+    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W].
+
+    Section 4.1 puts it after each convolution; it does not say over which axes.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -491,7 +494,10 @@ class Replicas:
         self.class_labels.copy_(torch.from_numpy(np.stack(class_labels)))
 
     def fresh_weights(self, stream: int, count: int) -> Tensor:
-        """Weights drawn anew, for a seed's `count` of a stream of random numbers: [R, P]."""
+        """Fresh weights, drawn from [seed, stream, count], the same for every setting: [R, P].
+
+        The count is the stage of a reset (RESETS), or the update of a recycling (RECYCLED).
+        """
         seeds = [int(np.random.default_rng([s, stream, count]).integers(2**63)) for s in self.seeds]
         return self.initial_weights(seeds)
 
@@ -892,7 +898,7 @@ MAY_CHANGE = set(
 
 @dataclass
 class Counters:
-    """Where a run stands; its result.json will have all of it, the lists of each setting apart."""
+    """Where a run stands; result.json will have all of it, the three lists split by setting."""
 
     gradient_updates: int = 0
     train_accuracy: list[list[float]] = field(default_factory=list)  # [stages so far][replicas]
@@ -1095,12 +1101,13 @@ def train(args: Args, run_dir: Path) -> None:
         # Begin a stage, or go on in the middle of one
         if position == 0 and due(args.reset_interval, stage):  # never before stage 0
             replicas.reset_heads(stage)
-        if position == 0 and due(args.tortoise_interval, stage):  # the hare comes back
+        if position == 0 and due(args.tortoise_interval, stage):  # the hare returns to the tortoise
             replicas.weights.copy_(replicas.slow)
         if position == 0 or step == steps.start:
             replicas.start_stage(stage)
 
-        if due(args.redo_interval, step - 1):  # like a reset, not right before a measurement
+        # Due after update 1,000, done before 1,001: an evaluation in between sees no fresh units.
+        if due(args.redo_interval, step - 1):
             replicas.recycle(step - 1)
 
         # Learn
