@@ -141,7 +141,7 @@ class Args:
     learning_starts: int = 1_000  # random actions up to this step, which has the first update, too
     learning_rate: float = 3e-4  # of all four Adams (1e-4 in the authors' release)
     gamma: float = 0.99  # discount factor
-    target_ema: float = 0.995  # tau: target <- tau * target + (1 - tau) * online network
+    target_ema: float = 0.995  # tau: target <- tau * target + (1 - tau) * critic
     initial_temperature: float = 0.1  # weight of the entropy at the start and after a reset
     latent_dim: int = 50  # size of the latent: linear layer on the encoder, LayerNorm, tanh
     hidden_dim: int = 256  # width of the MLPs' two hidden layers
@@ -680,14 +680,14 @@ class Agent:
     def __init__(self, action_dim: int, args: Args, generator: Generator) -> None:
         self.args, self.action_dim, self.generator = args, action_dim, generator
         device = generator.device
-        self.online = Critic(action_dim, args).to(device, memory_format=torch.channels_last)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.critic = Critic(action_dim, args).to(device, memory_format=torch.channels_last)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor = Actor(action_dim, args).to(device)
         log_alpha = torch.tensor(math.log(args.initial_temperature), device=device)
         self.log_alpha = nn.Parameter(log_alpha)
         self.parameters = {
-            "encoder": list(self.online.backbone.parameters()),
-            "critic_head": list(self.online.head.parameters()),
+            "encoder": list(self.critic.backbone.parameters()),
+            "critic_head": list(self.critic.head.parameters()),
             "actor": list(self.actor.parameters()),
             "temperature": [self.log_alpha],
         }
@@ -726,12 +726,12 @@ class Agent:
         """Action drawn from the policy: uint8 [B, C, H, W] -> [B, A]."""
         shape = (len(obs), self.action_dim)
         noise = torch.randn(shape, generator=self.generator, device=obs.device)
-        return self.actor.sample(self.online.backbone(to_images(obs)), noise)[0]
+        return self.actor.sample(self.critic.backbone(to_images(obs)), noise)[0]
 
     @torch.no_grad()
     def act_mean(self, obs: Tensor) -> Tensor:
         """The policy's action without its noise, for evaluations: uint8 [B, C, H, W] -> [B, A]."""
-        return torch.tanh(self.actor(self.online.backbone(to_images(obs)))[0])
+        return torch.tanh(self.actor(self.critic.backbone(to_images(obs)))[0])
 
     @torch.no_grad()
     def td_target(self, batch: Batch, next_images: Tensor, noise: Tensor) -> Tensor:
@@ -739,14 +739,14 @@ class Agent:
 
         Q are the target network's. a' is drawn from pi at s', with `noise` [B, A].
         """
-        next_action, log_prob = self.actor.sample(self.online.backbone(next_images), noise)
+        next_action, log_prob = self.actor.sample(self.critic.backbone(next_images), noise)
         next_q_values = self.target(next_images, next_action).min(1).values
         next_value = next_q_values - self.log_alpha.exp() * log_prob
         return batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient update: Algorithm 2 from line 11 on. Returns scalars to log."""
-        args, generator, online, actor = self.args, self.generator, self.online, self.actor
+        args, generator, critic, actor = self.args, self.generator, self.critic, self.actor
         images = augment(batch.obs, args.aug_shift, intensity=0.0, generator=generator)
         next_images = augment(batch.next_obs, args.aug_shift, intensity=0.0, generator=generator)
         shape = (2, len(images), self.action_dim)
@@ -757,21 +757,21 @@ class Agent:
 
         # Line 12: encoder and Q-functions.
         def critic_loss() -> dict[str, Tensor]:
-            return {"td_loss": td_loss(online(images, batch.action), td_target)}
+            return {"td_loss": td_loss(critic(images, batch.action), td_target)}
 
         losses = self.descend(("encoder", "critic_head"), critic_loss)
 
         # Line 21: the target network.
-        soft_update(self.target, online, args.target_ema)
+        soft_update(self.target, critic, args.target_ema)
 
         # Line 13: the actor. Its loss does not reach the encoder.
         with torch.no_grad():
-            features = online.backbone(images)
+            features = critic.backbone(images)
         alpha = self.log_alpha.detach().exp()
 
         def actor_loss() -> dict[str, Tensor]:
             action, log_prob = actor.sample(features, noise)
-            q_values = online.head(features, action).min(1).values
+            q_values = critic.head(features, action).min(1).values
             loss = (alpha * log_prob - q_values).mean()  # Eq. 4 with its sign turned: a descent
             return {"actor_loss": loss, "q_values": q_values.mean(), "entropy": -log_prob.mean()}
 
@@ -821,7 +821,7 @@ class Agent:
         The target's Q-functions are the same fresh ones.
         """
         head, actor = CriticHead(self.action_dim, self.args), Actor(self.action_dim, self.args)
-        reset_network(self.online.head, head)
+        reset_network(self.critic.head, head)
         reset_network(self.target.head, head)
         reset_network(self.actor, actor)
         self.log_alpha.fill_(math.log(self.args.initial_temperature))
@@ -831,7 +831,7 @@ class Agent:
     def tensors(self) -> dict[str, Tensor]:
         """What update() and reset() change in place, generators aside."""
         tensors = {"log_alpha": self.log_alpha.detach()}
-        networks = {"online": self.online, "target": self.target, "actor": self.actor}
+        networks = {"critic": self.critic, "target": self.target, "actor": self.actor}
         for name, network in networks.items():
             tensors |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
         for name, optimizer in self.optimizers.items():
@@ -1098,26 +1098,26 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, step: int) -> dict[st
     wide. Without augmentation, and with the mean as the target's next action.
     Random numbers are the step's own: measuring must change nothing of what is learned.
     """
-    online, device = agent.online, agent.generator.device
+    critic, device = agent.critic, agent.generator.device
     number = max(1024, hidden_features(agent.args))
     sample = replay.sample(number, Generator(replay.valid.device).manual_seed(step))
     sample = Batch(*(entry.to(device) for entry in sample))
     # Features: what the first Q-function's last hidden layer gives out.
     with torch.no_grad():
-        latent = online.head.latent(online.backbone(to_images(sample.obs)))
-        hidden, _ = online.head.q_functions[0]
+        latent = critic.head.latent(critic.backbone(to_images(sample.obs)))
+        hidden, _ = critic.head.q_functions[0]
         metrics = feature_metrics(hidden(torch.cat([latent, sample.action], dim=1)))
 
     batch = Batch(*(entry[:512] for entry in sample))
     images = to_images(batch.obs)
-    units = active_units(online, lambda: online(images, batch.action))
+    units = active_units(critic, lambda: critic(images, batch.action))
     metrics |= {f"active_units/{name}": share for name, share in units.items()}
-    metrics |= dormant_ratios(unit_scores(online, lambda: online(images, batch.action)))
+    metrics |= dormant_ratios(unit_scores(critic, lambda: critic(images, batch.action)))
 
     batch = Batch(*(entry[:32] for entry in batch))
     td_target = agent.td_target(batch, to_images(batch.next_obs), torch.zeros_like(batch.action))
-    loss = td_loss(online(to_images(batch.obs), batch.action), td_target)
-    generator, parameters = Generator(device).manual_seed(step), list(online.parameters())
+    loss = td_loss(critic(to_images(batch.obs), batch.action), td_target)
+    generator, parameters = Generator(device).manual_seed(step), list(critic.parameters())
     metrics["hessian_max_eigenvalue"] = max_eigenvalue(loss, parameters, generator)
     gradient = torch.autograd.grad(loss, parameters)
     metrics["gradient_norm"] = float(nn.utils.get_total_norm(gradient))
@@ -1292,7 +1292,7 @@ def finish(
         write_atomically(run_dir / "video.gif", lambda file: save_gif(video, file))
     if args.save_model:
         model = {"args": asdict(args), "action_dim": agent.action_dim}
-        model["backbone"] = agent.online.backbone.state_dict()
+        model["backbone"] = agent.critic.backbone.state_dict()
         model["actor"] = agent.actor.state_dict()
         write_atomically(run_dir / "model.pth", lambda file: torch.save(model, file))
     python = sys.version.split()[0]
@@ -1465,7 +1465,7 @@ def evaluate_saved(args: Args) -> None:
         flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
         saved = Args(**flags)
         agent = Agent(model["action_dim"], saved, Generator(args.device))
-        agent.online.backbone.load_state_dict(model["backbone"])
+        agent.critic.backbone.load_state_dict(model["backbone"])
         agent.actor.load_state_dict(model["actor"])
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         kind = type(error).__name__

@@ -274,7 +274,7 @@ def double(monkeypatch):
 def slow_update(agent, batch):
     """Critic, target, actor, temperature: in plain PyTorch on deep copies, with the same draws."""
     args, generator = agent.args, torch.Generator().manual_seed(0)
-    networks = agent.online, agent.target, agent.actor, agent.log_alpha
+    networks = agent.critic, agent.target, agent.actor, agent.log_alpha
     online, target, actor, log_alpha = map(copy.deepcopy, networks)
     images = dmc.augment(batch.obs, args.aug_shift, 0.0, generator)
     next_images = dmc.augment(batch.next_obs, args.aug_shift, 0.0, generator)
@@ -346,12 +346,12 @@ def test_an_update_equals_a_slow_one(scope, double):
         w += 0.01
     networks, log_alpha = slow_update(agent, batch)
     losses = agent.update(batch)
-    for network, slow in zip((agent.online, agent.actor, agent.target), networks, strict=True):
+    for network, slow in zip((agent.critic, agent.actor, agent.target), networks, strict=True):
         ours, expected = dict(network.named_parameters()), dict(slow.named_parameters())
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(agent.log_alpha, log_alpha, rtol=1e-9, atol=1e-12)
     # What is not finite anywhere shows in the norm of all that is trained.
-    trained = [*agent.online.parameters(), *agent.actor.parameters(), agent.log_alpha]
+    trained = [*agent.critic.parameters(), *agent.actor.parameters(), agent.log_alpha]
     norm = torch.cat([w.detach().flatten() for w in trained]).norm()
     torch.testing.assert_close(losses["weight_norm"], norm)
 
@@ -368,7 +368,7 @@ def test_a_reset_renews_all_but_the_encoder():
         assert kept or not (name.startswith("adam") and tensor.any()), name
     torch.manual_seed(7)
     head, actor = dmc.CriticHead(2, agent.args), dmc.Actor(2, agent.args)
-    pairs = (agent.online.head, head), (agent.target.head, head), (agent.actor, actor)
+    pairs = (agent.critic.head, head), (agent.target.head, head), (agent.actor, actor)
     for ours, fresh in pairs:
         for w, phi in zip(ours.parameters(), fresh.parameters(), strict=True):
             assert torch.equal(w, phi)
@@ -416,7 +416,7 @@ def test_an_evaluation_by_hand(monkeypatch):
 
 def test_the_mean_action_is_that_of_no_noise():
     agent, obs = make_agent(), make_batch().obs
-    features = agent.online.backbone(dmc.to_images(obs))
+    features = agent.critic.backbone(dmc.to_images(obs))
     expected = agent.actor.sample(features, torch.zeros(8, 2))[0]
     torch.testing.assert_close(agent.act_mean(obs), expected)
     assert not torch.allclose(agent.act(obs), expected)
@@ -429,8 +429,8 @@ def test_metrics_have_draws_of_their_own_and_count_the_active_units():
     metrics = dmc.plasticity_metrics(agent, replay, 7)
     assert metrics == dmc.plasticity_metrics(agent, replay, 7)
     assert metrics != dmc.plasticity_metrics(agent, replay, 8)
-    batch, head = replay.sample(1024, torch.Generator().manual_seed(7)), agent.online.head
-    latent = head.latent(agent.online.backbone(dmc.to_images(batch.obs[:512])))
+    batch, head = replay.sample(1024, torch.Generator().manual_seed(7)), agent.critic.head
+    latent = head.latent(agent.critic.backbone(dmc.to_images(batch.obs[:512])))
     hidden = head.q_functions[0][0][0](torch.cat([latent, batch.action[:512]], dim=1))
     share = (hidden > 0).float().mean().item()
     assert metrics["active_units/head.q_functions.0.0.1"] == pytest.approx(share)

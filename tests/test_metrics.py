@@ -101,6 +101,10 @@ def make(script, crelu=True):
     return agent, replay
 
 
+def network(script, agent):
+    return agent.online if script is atari else agent.critic
+
+
 def measure(script, agent, replay):
     draws = torch.Generator().manual_seed(3) if script is atari else 3
     return script.plasticity_metrics(agent, replay, draws)
@@ -119,7 +123,7 @@ def test_metrics_change_nothing_and_know_the_initial_weights(script, monkeypatch
     assert {*RANKS, *ratios, "feature_norm", "hessian_max_eigenvalue"} <= set(metrics)
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["weight_distance"] == 0
-    weights = list(agent.online.parameters())
+    weights = list(network(script, agent).parameters())
     norm = sum(float(w.detach().double().square().sum()) for w in weights) ** 0.5
     assert metrics["weight_norm"] == pytest.approx(norm, rel=1e-5)
     monkeypatch.setattr(script, "max_eigenvalue", lambda *_: 0.0)  # it takes long
@@ -135,7 +139,8 @@ def test_metrics_change_nothing_and_know_the_initial_weights(script, monkeypatch
 @pytest.mark.parametrize("crelu", [False, True])
 def test_features_are_what_the_last_layer_is_given(script, crelu, monkeypatch):
     agent, replay = make(script, crelu)
-    weights, seen, generator = list(agent.online.parameters()), {}, torch.Generator().manual_seed(3)
+    weights = list(network(script, agent).parameters())
+    seen, generator = {}, torch.Generator().manual_seed(3)
 
     def gradient_norm(loss, *_):
         gradient = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
@@ -156,8 +161,8 @@ def test_features_are_what_the_last_layer_is_given(script, crelu, monkeypatch):
         inputs, last = [sample.obs / 255, sample.action], "q_functions.0.1"
         norm = pytest.approx(metrics["hessian_max_eigenvalue"], rel=1e-4)
         assert metrics["gradient_norm"] == norm  # Atari's is among the losses
-    last_layer = agent.online.head.eval().get_submodule(last)
+    last_layer = network(script, agent).head.eval().get_submodule(last)
     last_layer.register_forward_pre_hook(lambda module, given: seen.update(given=given[0]))
-    agent.online(*inputs)
+    network(script, agent)(*inputs)
     assert seen["features"].shape == (1024, 32 if crelu else 16)
     torch.testing.assert_close(seen["features"], seen["given"].detach())
