@@ -64,23 +64,26 @@ class Args:
 def play(env_id: str, samples: int, seed: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Random play: stacks uint8 [n, 4, 84, 84], state float [n, values], environments' numbers [n].
 
-    Those without a ball in play (its vertical position is 0) are left out: n is below `samples`.
+    Those without a ball in play (its vertical position is 0, or the game is over) are left out: n
+    is below `samples`.
     """
     envs = script.make_envs(env_id, NUM_ENVS, seed)
     rng = np.random.default_rng(seed)
     frames, _ = envs.reset()
-    stacks, rams = [], []
+    stacks, rams, over = [], [], []
     stack = np.zeros((NUM_ENVS, script.FRAME_STACK, 84, 84), np.uint8)
     for step in range(4 * samples // NUM_ENVS):
         actions = rng.integers(envs.action_space.n, size=NUM_ENVS).astype(np.int32)
-        frames, _, _, _, info = envs.step(actions)
-        stack[info["elapsed_step"] == 0] = 0  # after a game's end: the next one's first frame
-        stack = np.concatenate([stack[:, 1:], frames], axis=1)
+        frames, _, terminated, truncated, info = envs.step(actions)
+        first = info["elapsed_step"] == 0  # after a game's end: the next one's first frame
+        earlier = stack[:, 1:] * ~first[:, None, None, None]
+        stack = np.concatenate([earlier, frames], axis=1)
         if step % 4 == 3:
             stacks.append(stack)
             rams.append(info["ram"])
+            over.append(terminated | truncated)
     ram = np.concatenate(rams)  # uint8 [samples, 128]
-    ball = ram[:, RAM[env_id]["ball y"]] > 0
+    ball = (ram[:, RAM[env_id]["ball y"]] > 0) & ~np.concatenate(over)
     numbers = np.tile(np.arange(NUM_ENVS), len(stacks))
     state = ram[:, list(RAM[env_id].values())].astype(float)
     return torch.from_numpy(np.concatenate(stacks)[ball]), state[ball], numbers[ball]

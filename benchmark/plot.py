@@ -258,7 +258,7 @@ def points(axis: plt.Axes, rows: Iterable[tuple[str, float, float]], colour: str
 
 
 def figure1(table2: pd.DataFrame, aggregate: Aggregate, path: Path) -> None:
-    """IQM against GPU hours a run: Table 2's rows as the paper prints them, and ours."""
+    """IQM against hours a run: Table 2's rows as the paper prints them (on a GPU), and ours."""
     named = table2.dropna(subset="exp_name")
     found = {row.method: aggregate("atari", row.exp_name) for row in named.itertuples()}
     found = {name: row for name, row in found.items() if "iqm" in row and row["hours"] > 0}
@@ -267,8 +267,8 @@ def figure1(table2: pd.DataFrame, aggregate: Aggregate, path: Path) -> None:
         figure.set_size_inches(7, 5)
         points(axis, zip(table2.method, table2.gpu_hours, table2.iqm, strict=True), "gray")
         points(axis, [(name, row["hours"], row["iqm"][0]) for name, row in found.items()], "C0")
-        title = "gray: as the paper prints them"
-        axis.set(title=title, xscale="log", xlabel="GPU hours a run", ylabel="IQM")
+        title = "gray: as the paper prints them, on a GPU"
+        axis.set(title=title, xscale="log", xlabel="hours a run", ylabel="IQM")
         save(figure, path)
 
 

@@ -200,18 +200,20 @@ def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
 def check(runs: pd.DataFrame, names: Iterable[str] = ()) -> None:
     """End with one line where these runs' settings differ, or are not what their names say.
 
-    Settings are the length and all flags but those APART; `names`: these alone.
+    Settings are the length and all flags but those APART; `names`: these alone. Those that
+    DeepMind Control sets by task are compared within each task.
     """
     settings = pd.DataFrame([{"steps": run.steps} | run.args for run in runs.itertuples()])
-    apart = APART | BY_TASK if (runs.benchmark == "dmc").any() else APART
     flags = settings.columns
-    flags = flags.intersection(names) if names else flags.difference(list(apart))
+    flags = flags.intersection(names) if names else flags.difference(list(APART))
     for name in flags:
+        by_task = (runs.benchmark == "dmc") & (name in BY_TASK)
         values = settings[name].astype(str).set_axis(runs.path)
-        others = values[values != values.iloc[0]]
-        if len(others):
-            one, other = (f"{column.iloc[0]} in {column.index[0]}" for column in (values, others))
-            sys.exit(f"error: runs cannot be put together, {name} differs: {one}, {other}")
+        for _, same in values.groupby(runs.task.where(by_task, "").to_numpy()):
+            others = same[same != same.iloc[0]]
+            if len(others):
+                one, other = (f"{column.iloc[0]} in {column.index[0]}" for column in (same, others))
+                sys.exit(f"error: runs cannot be put together, {name} differs: {one}, {other}")
     for run in runs.itertuples():
         parts = run.exp_name.replace("plastic", "ln_sam_crelu_reset").split("_")
         # A script's own name, the default, says nothing of interventions.
@@ -255,7 +257,9 @@ def score_matrix(runs: pd.DataFrame) -> np.ndarray:
 
 
 def aggregates(scores: np.ndarray, benchmark: str, reps: int) -> dict[str, tuple]:
-    """All of AGGREGATES for scores [seeds, tasks], each with its 95% interval (nan of one seed).
+    """All of AGGREGATES for scores [seeds, tasks], each with its 95% interval.
+
+    With one seed, or where tasks are drawn and there is one, its ends are nan.
 
     rliable's median is that over tasks of the mean over seeds, and its bootstrap draws seeds anew
     within each task. The paper has done the same on DeepMind Control with tasks and seeds swapped:
@@ -269,7 +273,7 @@ def aggregates(scores: np.ndarray, benchmark: str, reps: int) -> dict[str, tuple
         def values(scores: np.ndarray) -> np.ndarray:
             return np.array([function(scores)])
 
-        if not several_seeds:
+        if not several_seeds or len(scores) == 1:
             return (function(scores), np.nan, np.nan)
         np.random.seed(0)  # rliable draws its bootstrap from NumPy's global generator
         _, intervals = library.get_interval_estimates({"": scores}, values, reps=reps)
@@ -346,7 +350,7 @@ def show_aggregates(
                 ends = (printed.get(f"{name}_{end}", np.nan) for end in ("low", "high"))
                 row[f"{column}, paper"] = (printed[name], *ends)
         if "gpu_hours" in printed:
-            row |= {"GPU hours": ours.get("hours"), "GPU hours, paper": printed["gpu_hours"]}
+            row |= {"hours a run": ours.get("hours"), "GPU hours, paper": printed["gpu_hours"]}
             row["million parameters"] = ours.get("parameters")
             row["parameters, paper"] = printed["params_m"]
         rows.append(row)
@@ -486,10 +490,12 @@ def aggregate_tables(args: Args, runs: pd.DataFrame) -> list[tuple[str, str, lis
 
 def write_scores(runs: pd.DataFrame, path: Path) -> None:
     """A row per run, without those of policies that learn nothing."""
-    if runs.empty or {"atari", "pretrained"} <= set(runs.benchmark):
-        sys.exit("error: --csv: needs runs of agents, but not both Atari's and fine-tuning's")
-    columns = ["method", "task", "seed", "score", "steps", "commit"]
     runs = runs[runs.args.map(fixed_policy) == ""]
+    if runs.empty or "pretrained" in set(runs.benchmark):
+        sys.exit("error: --csv: needs runs of agents, none of fine-tuning (Atari's tasks, too)")
+    if runs.duplicated(["exp_name", "task", "seed"]).any():
+        sys.exit("error: --csv: some runs differ in their length alone; pass those of one length")
+    columns = ["method", "task", "seed", "score", "steps", "commit"]
     runs.rename(columns={"exp_name": "method"})[columns].to_csv(path, index=False)
     print(f"{len(runs)} scores: {path}")
 
@@ -513,7 +519,7 @@ def report(args: Args) -> int:
     if args.table in PER_TASK:
         show_by_task(runs, args.table)
     late, title, learning = {}, "", runs[:0]
-    if args.table is None and len(synthetic):
+    if len(synthetic) and (args.table is None or args.plot is not None):
         check(synthetic, PROTOCOL)
         last = min(args.last, synthetic.accuracies.iloc[0].shape[1])
         for run in synthetic.itertuples():
@@ -522,7 +528,8 @@ def report(args: Args) -> int:
         flags = synthetic.args.iloc[0]
         title = f"{flags['num_stages']} stages of {flags['updates_per_stage']} updates"
         title += f", the last {last} averaged"
-        show_synthetic(synthetic, late, last)
+        if args.table is None:
+            show_synthetic(synthetic, late, last)
     if args.runs and len(runs) and (args.table is None or args.plot is not None):
         learning = with_curves(runs)
         if args.table is None:

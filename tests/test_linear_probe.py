@@ -1,6 +1,7 @@
 """The linear probe measures what it says."""
 
 import json
+from types import SimpleNamespace
 
 import linear_probe
 import numpy as np
@@ -47,6 +48,31 @@ def test_the_stacks_and_the_state_belong_together():
     seen = (paddle_row * torch.arange(72)).sum(1) / paddle_row.sum(1)
     assert np.corrcoef(seen.numpy(), state[:, 2])[0, 1] > 0.98
     assert (state[:, 1] > 0).all()
+
+
+def test_stacks_are_of_one_game_that_is_not_over(monkeypatch):
+    """Games of five steps, the frame of step t has t everywhere."""
+
+    class Envs:
+        action_space, step_number = SimpleNamespace(n=2), 0
+
+        def frames(self):
+            return np.full((16, 1, 84, 84), self.step_number, np.uint8)
+
+        def reset(self):
+            return self.frames(), {}
+
+        def step(self, actions):
+            self.step_number += 1
+            elapsed = self.step_number % 5
+            info = {"elapsed_step": np.full(16, elapsed), "ram": np.full((16, 128), 9, np.uint8)}
+            over = np.full(16, elapsed == 4)
+            return self.frames(), None, over, np.zeros(16, bool), info
+
+    monkeypatch.setattr(linear_probe.script, "make_envs", lambda *_: Envs())
+    stacks, *_ = linear_probe.play("Pong", 80, 0)  # of steps 4, where a game ends, 8, 12, 16, 20
+    expected = [[5, 6, 7, 8], [0, 10, 11, 12], [0, 0, 15, 16], [0, 0, 0, 20]]
+    assert stacks[::16, :, 0, 0].tolist() == expected
 
 
 def test_random_blocks_have_the_statistics_of_the_frames_to_five_digits():

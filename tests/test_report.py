@@ -117,6 +117,10 @@ def test_accuracies_and_gains_by_hand(tmp_path, capsys, figures):
         "single methods": pytest.approx([100 * (0.55 - 0.5), np.nan], nan_ok=True),
         "combinations": pytest.approx([-20]),
     }
+    write_run(tmp_path, "Pong", "base", 1, 9)
+    del figures["figure3.png"]
+    table(tmp_path, "--table", "7", "--plot", tmp_path)  # a table shows less, the figures are all
+    assert "figure3.png" in figures
 
 
 def test_synthetic_runs_that_do_not_compare(tmp_path):
@@ -180,6 +184,9 @@ def test_runs_that_cannot_be_put_together(tmp_path):
     assert len(table(tmp_path / "e", "--table", "10")[0][0]) == 11
     write_run(tmp_path / "e", "walker-run", "sam", 2, 1.0, DMC, action_repeat=2, buffer_size=9)
     assert "buffer_size differs: nan in " in refused(tmp_path / "e", "--table", "10")
+    for seed, rho in ((1, 0.01), (2, 5.0)):  # Control's flags by task: within one
+        write_run(tmp_path / "g", "walker-run", "sam", seed, 1.0, DMC, sam_rho=rho)
+    assert "sam_rho differs: 0.01 in " in refused(tmp_path / "g", "--table", "10")
 
 
 @pytest.mark.parametrize("flags", [[], ["x", "--scores", "y"], ["x", "--reps", "0"]])
@@ -209,7 +216,12 @@ def test_scores_are_written_as_they_are_read(tmp_path):
     for benchmark, scores in (("atari", [500, 7000.5]), ("dmc", [9])):
         assert report.read_scores(tmp_path / "both.csv", benchmark).score.tolist() == scores
     write_run(tmp_path, "Alien", "base", 3, 9, "plastic_pretrained_finetune.py")  # tasks of Atari
-    assert "not both" in refused(tmp_path, "--csv", tmp_path / "again.csv")
+    assert "none of fine-tuning" in refused(tmp_path, "--csv", tmp_path / "again.csv")
+    write_run(tmp_path / "a", "Alien", "random", 1, 9, eval_epsilon=1)
+    assert "runs of agents" in refused(tmp_path / "a", "--csv", tmp_path / "again.csv")
+    for steps in (10_000, 100_000):
+        write_run(tmp_path / "b" / str(steps), "Alien", "base", 1, 9, steps=steps)
+    assert "length alone" in refused(tmp_path / "b", "--csv", tmp_path / "again.csv")
     for flags in (dict(table="1"), dict(plot=tmp_path)):
         with pytest.raises(ValueError, match="--csv makes neither"):
             report.Args(runs=(tmp_path,), csv=tmp_path / "again.csv", **flags)
@@ -303,6 +315,9 @@ def test_intervals_against_a_bootstrap_by_hand():
         assert [low, high] == pytest.approx(ends, abs=0.1 * (ends[1] - ends[0])), name
         assert low < value < high
     assert ours["iqm_tasks"][0] == ours["iqm"][0]
+    one_task = report.aggregates(scores[:, :1], "dmc", reps=50)
+    for name, (_, low, high) in one_task.items():  # drawn from one task, it would be no interval
+        assert np.isnan([low, high]).all() if "tasks" in name else low < high
 
 
 def test_the_median_over_seeds_draws_whole_seeds():
@@ -358,7 +373,7 @@ def test_missing_tasks_are_refused_or_said(tmp_path):
     assert row["optimality gap"][0] == pytest.approx(np.mean(np.maximum(1 - matrix, 0)))
     assert "the first 2 seeds of each task (of up to 3)" in error and "different" not in error
     assert "runs of 2 of 26 tasks" in error
-    assert (row["GPU hours"], row["GPU hours, paper"]) == (0.5, 0.5)
+    assert (row["hours a run"], row["GPU hours, paper"]) == (0.5, 0.5)
     assert row["million parameters"] == 6.8
     write_run(tmp_path, "Pong", "ln_reset", 0, 7.0, steps=20_000)  # seeds 0 and 1, Alien's 1 and 2
     assert "different seeds" in table(tmp_path, "--table", "2", "--allow-missing")[1]
