@@ -23,7 +23,7 @@ The other interventions are sam_perturbed, reset_head and shrink_and_perturb.
 Two clocks tick: steps of the environment (4 frames each) and gradient updates. Resets count
 updates: 40,000 of them are 20,000 steps at replay ratio 2.
 
-Where it departs from the paper's text (README.md has the whole table):
+Where it departs from the paper's text (README.md and benchmark/RELEASE.md have tables):
 - Adam's epsilon is 1.5e-4: the paper's 0.000015 is a digit slip (--adam-eps).
 - LayerNorm is in the backbone alone, as the main text has it; appendix A.3 adds the fully
   connected layers (--layer-norm-scope).
@@ -97,7 +97,7 @@ class Args:
     batch_size: int = 32  # transitions per update
     learning_starts: int = 2_000  # random actions up to this step, which has the first update, too
     learning_rate: float = 1e-4  # of Adam (1.414e-4 in the authors' release)
-    adam_eps: float = 1.5e-4  # epsilon of Adam
+    adam_eps: float = 1.5e-4  # epsilon of Adam (Table 5's 0.000015 is a digit slip)
     max_grad_norm: float = 10.0  # largest norm of the gradient that is applied
     gamma: float = 0.99  # discount factor
     n_step: int = 10  # length of the multi-step return

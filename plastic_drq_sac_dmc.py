@@ -24,7 +24,7 @@ Agent.reset. Three clocks tick: steps of the environment, steps of the agent (ea
 action 2 or 4 times) and gradient updates. Resets count updates: every 100,000, which at one update
 per step are as many steps of the agent.
 
-Where it departs from the paper's text (README.md has the whole table):
+Where it departs from the paper's text (README.md and benchmark/RELEASE.md have tables):
 - Algorithm 2 bootstraps from an action drawn at s, and squares the policy's loss, with the sign of
   an ascent: misprints.
 - Critic, target network, actor and temperature are updated one after the other, as released;
@@ -161,7 +161,7 @@ class Args:
     reset_interval: int = 100_000
 
     # Evaluation, metrics, logging
-    eval_episodes: int = 10  # episodes of an evaluation
+    eval_episodes: int = 10  # episodes of an evaluation (section 4.1; Table 6 says 100)
     eval_interval: int = 0  # agent steps between evaluations (0 = only at the end)
     metrics_interval: int = 0  # agent steps between plasticity metrics (0 = off)
     log_interval: int = 1_000  # agent steps between logged losses

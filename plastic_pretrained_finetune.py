@@ -28,9 +28,10 @@ SimTPR's published code (github.com/dojeon-ai/SimTPR), then pretrain, the loop a
 Two clocks tick in train: steps of the environment (4 frames each) and gradient updates, which
 resets count. In pretrain: updates alone.
 
-Where it departs from the paper (README.md has the whole table):
+Where it departs from the paper (README.md and benchmark/RELEASE.md have tables):
 - The paper takes SimTPR's published encoder. Here it is one that --mode pretrain made, on random
   play where no video is given, or a published one (--pretrained-path).
+- Images are augmented, as in the Atari script; section 4.4 says Rainbow (--aug-shift).
 - Reset† pulls the frozen encoder towards fresh weights, as the paper's text has it, and nothing
   trains it back. Pulled towards its pretrained weights, a frozen one stays as it is
   (--shrink-perturb-anchor).
@@ -117,13 +118,13 @@ class Args:
     pretrain_learning_rate: float = 3e-4  # of AdamW
     barlow_weight: float = 0.01  # weight of the Barlow Twins loss
 
-    # Fine-tuning (Table 5, but for the learning rate)
+    # Fine-tuning (as for Atari, Table 5)
     total_timesteps: int = 100_000  # steps; one is 4 frames
     replay_ratio: int = 2  # gradient updates per step
     batch_size: int = 32  # transitions per update
     learning_starts: int = 2_000  # random actions up to this step, which has the first update, too
-    learning_rate: float = 3e-5  # of Adam (the paper is silent)
-    adam_eps: float = 1.5e-4  # epsilon of Adam
+    learning_rate: float = 3e-5  # of Adam (section 4.4 is silent; Table 5: 0.0001)
+    adam_eps: float = 1.5e-4  # epsilon of Adam (Table 5's 0.000015 is a digit slip)
     max_grad_norm: float = 10.0  # largest norm of the gradient that is applied
     gamma: float = 0.99  # discount factor
     n_step: int = 10  # length of the multi-step return

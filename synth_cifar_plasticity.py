@@ -26,7 +26,8 @@ are off by default: ReDo, L2 Init, weight clipping, Hare & Tortoise, and Shrink 
 Two clocks tick: gradient updates, which the loop calls steps, and stages of 500 updates each.
 Resets count stages. A setting is a pair of learning rate and weight decay.
 
-Where it departs from the paper's text or fills it in (README.md has the whole table):
+Where it departs from the paper's text or fills it in (README.md and benchmark/RELEASE.md have
+tables):
 - The paper sweeps learning rate and weight decay, and does not say how it chose; the default is one
   setting, and of several the best by final test accuracy is reported.
 - Momentum is 0.9, and zeroed in the head at a reset; the paper does not say (--momentum).

@@ -151,7 +151,7 @@ def test_plastic_as_released():
     _, args = parsed(re.search(r"^python plastic_drq_rainbow_atari.py .*", page, re.MULTILINE)[0])
     parameters = sum(w.numel() for w in atari.QNetwork(6, args).parameters())
     assert f"{parameters / 1e6:.2f}M" == "3.66M" and "3.66M" in page
-    assert (args.sam_scope, args.sam_rho, args.learning_rate) == ("backbone", 0.1, 1.414e-4)
+    assert (args.sam_scope, args.sam_rho, args.learning_rate) == ("all", 0.1, 1.414e-4)
 
 
 def test_a_grid_narrowed():

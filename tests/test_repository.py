@@ -174,7 +174,7 @@ def test_readme_shows_the_table_that_results_opens_with():
 
 ELSEWHERE = """--help --actions --logdir --json --script --plot --rounds --model --no-mps --jobs
 --partition --per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
---readme"""  # of others
+--readme --wait"""  # of others
 
 
 def test_pages_name_only_flags_that_exist():
