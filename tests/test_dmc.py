@@ -166,16 +166,56 @@ def test_any_image_size_fits_the_networks():
         assert critic(torch.zeros(1, 2, size, size), torch.zeros(1, 1)).shape == (1, 2)
 
 
+@pytest.mark.parametrize("flags", [BASE, {}, dict(layer_norm_scope="all", crelu_scope="all")])
+def test_networks_by_pytorchs_functions(flags):
+    """Parameters in their order; moved first, so that scales and shifts are not 1 and 0."""
+    agent, args, batch = make_agent(**flags), make_args(**flags), make_batch()
+    with torch.no_grad():
+        for w in [*agent.critic.parameters(), *agent.actor.parameters()]:
+            w += 0.1 * torch.randn_like(w)
+
+    def activation(x, crelu):
+        return torch.cat([F.relu(x), F.relu(-x)], dim=1) if crelu else F.relu(x)
+
+    def latent(w, features):
+        x = F.linear(features, next(w), next(w))
+        return torch.tanh(F.layer_norm(x, (50,), next(w), next(w), 1e-6))
+
+    def hidden(w, x):
+        for _ in range(2):
+            x = F.linear(x, next(w), next(w))
+            if args.layer_norm and args.layer_norm_scope == "all":
+                x = F.layer_norm(x, x.shape[1:], next(w), next(w), 1e-6)
+            x = activation(x, args.crelu)
+        return x
+
+    images = x = batch.obs / 255
+    w = iter(agent.critic.parameters())
+    for _ in range(4):
+        x = F.conv2d(F.pad(x, (0, 1, 0, 1)), next(w), next(w), stride=2)
+        if args.layer_norm:
+            x = F.layer_norm(x.movedim(1, 3), x.shape[1:2], next(w), next(w), 1e-6).movedim(3, 1)
+        x = activation(x, args.crelu and args.crelu_scope == "all")
+    features = x.flatten(1)
+    x = torch.cat([latent(w, features), batch.action], dim=1)
+    q_values = [F.linear(hidden(w, x), next(w), next(w)) for _ in range(2)]
+    close = dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(agent.critic(images, batch.action), torch.cat(q_values, 1), **close)
+    w = iter(agent.actor.parameters())
+    x = hidden(w, latent(w, features))
+    mean, log_std = (F.linear(x, next(w), next(w)) for _ in range(2))
+    expected = mean, -4 + 6 * torch.tanh(log_std)
+    torch.testing.assert_close(tuple(agent.actor(features)), expected, **close)
+
+
 def test_initial_weights():
     torch.manual_seed(0)
     args = make_args(image_size=64, hidden_dim=64)
     critic, actor = dmc.Critic(3, args), dmc.Actor(3, args)
-    for layer in (
-        *critic.backbone[0:4:3],
-        critic.head.q_functions[1][1],
-        actor.mean,
-        actor.log_std,
-    ):
+    mlps = [*critic.head.q_functions.modules(), *actor.hidden.modules()]
+    layers = [layer for layer in mlps if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) == 8
+    for layer in (*critic.backbone[0:4:3], *layers, actor.mean, actor.log_std):
         w = layer.weight.flatten(1)
         gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
         expected = (1 if layer is actor.log_std else 2) * torch.eye(len(gram))
@@ -419,7 +459,13 @@ def test_the_mean_action_is_that_of_no_noise():
     features = agent.critic.backbone(dmc.to_images(obs))
     expected = agent.actor.sample(features, torch.zeros(8, 2))[0]
     torch.testing.assert_close(agent.act_mean(obs), expected)
-    assert not torch.allclose(agent.act(obs), expected)
+
+
+def test_the_action_played_has_gaussian_noise():
+    agent, obs = make_agent(), make_batch().obs
+    noise = torch.randn((8, 2), generator=torch.Generator().manual_seed(0))
+    features = agent.critic.backbone(dmc.to_images(obs))
+    torch.testing.assert_close(agent.act(obs), agent.actor.sample(features, noise)[0])
 
 
 def test_metrics_have_draws_of_their_own_and_count_the_active_units():

@@ -93,6 +93,15 @@ def test_values_that_are_auto_or_the_tasks():
     assert (own.sam_rho, own.action_repeat, own.replay_device) == (0.0, 8, "cpu")
 
 
+def test_defaults_are_the_papers_table_6():
+    table = dict(grayscale=True, image_size=64, frame_stack=3, gamma=0.99, batch_size=512)
+    table |= dict(learning_rate=3e-4, latent_dim=50, hidden_dim=256, target_ema=0.995)
+    table |= dict(initial_temperature=0.1, updates_per_step=1, buffer_size=1_000_000)
+    table |= dict(total_timesteps=2_000_000, reset_interval=100_000)
+    args = vars(dmc.Args())
+    assert {name: args[name] for name in table} == table
+
+
 def test_cheetahs_model_gives_no_warnings(caplog):
     dmc.make_env(dmc.Args(env_id="cheetah-run"))
     assert caplog.text == ""

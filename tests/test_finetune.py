@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from runs import Recording, names
+from test_atari_update import slow_project
 
 import plastic_drq_rainbow_atari as atari
 import plastic_pretrained_finetune as ft
@@ -149,6 +150,25 @@ def test_an_update_is_the_atari_scripts_and_a_frozen_encoder_never_changes(sam, 
         assert len(agent.optimizer.state) == len(list(agent.online.head.parameters()))
 
 
+def test_target_and_action_against_slow_ones():
+    """Another head in the target than in the online network: which of them chooses, which rates."""
+    agent, replay = make_agent(freeze_backbone=False)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for w in agent.target.head.parameters():
+            w += 0.3 * torch.randn_like(w)
+    batch = replay.gather(replay.priorities.nonzero().flatten()[:40])
+    images, support = ft.to_images(batch.next_obs), torch.linspace(-10, 10, 5)
+    online, target = (network(images).detach().exp() for network in (agent.online, agent.target))
+    best = [(probs * support).sum(-1).argmax(1) for probs in (online, target)]
+    assert not torch.equal(*best)
+    chosen = target[torch.arange(40), best[0]]
+    expected = slow_project(chosen, batch.n_step_return, batch.discount, support)
+    td_target = agent.td_target(batch, images).double()
+    torch.testing.assert_close(td_target, expected, rtol=0, atol=1e-4)
+    assert torch.equal(agent.act(batch.next_obs), best[1])
+
+
 def test_an_encoder_that_is_trained_gets_its_gradient_over_the_root_of_two():
     agent, _ = make_agent(freeze_backbone=False)
     images = torch.rand(2, 4, 84, 84, generator=generator())
@@ -266,6 +286,14 @@ def test_the_future_changes_no_prediction_before_it_and_the_past_does():
         _, after = network(images)
     same = [torch.allclose(before[:, t], after[:, t], atol=1e-6) for t in range(5)]
     assert same == [True, True, True, False, False]
+
+
+def test_the_predictions_of_a_still_image_differ_by_their_position_alone():
+    torch.manual_seed(0)
+    images = torch.rand(1, 1, 4, 84, 84).expand(1, 5, 4, 84, 84)
+    _, predictions = ft.SimTPR(width=32).eval()(images)
+    for one, other in zip(predictions[0, :-2], predictions[0, 1:], strict=False):
+        assert not torch.allclose(one, other, atol=1e-5)
 
 
 def test_positions_by_their_formula():
@@ -392,7 +420,8 @@ def test_the_optimizer_of_the_pretraining_begins_with_a_state_that_says_nothing(
     states = optimizer.state.values()
     assert len(states) == len(list(network.parameters()))
     assert not any(value.any() for state in states for value in state.values())
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"]) == (0.5, (0.9, 0.95))
 
 
 # --- Videos ---------------------------------------------------------------------------------------

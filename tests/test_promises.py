@@ -17,6 +17,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -457,6 +458,97 @@ def test_a_directory_that_cannot_be_is_one_line_and_code_1(case, tmp_path, data,
     monkeypatch.setattr(sys, "argv", [case.script.__file__, *runs.words(flags)])
     with pytest.raises(SystemExit, match=r"^error: \[Errno \d+\] .*file[^\n]*$"):
         runpy.run_path(case.script.__file__, run_name="__main__")
+
+
+# --- What is played, stored and reported ----------------------------------------------------------
+
+
+@only(*PLAYING)
+def test_after_random_actions_the_agent_acts_and_what_happens_is_stored(case, play, monkeypatch):
+    """Eight steps are random. Atari's rewards are clipped, and a lost life (the sixth step of ten)
+    ends the return; Control's rewards (here sums of actions) are stored as they come."""
+    stored, add = [], case.script.ReplayBuffer.add
+
+    def spy(replay, action, reward, done, frame):
+        stored.append((np.array(action), reward, bool(done)))
+        add(replay, action, reward, done, frame)
+
+    chosen = torch.full((1, 2), 0.25) if case is CASES["dmc"] else torch.tensor([2])
+    monkeypatch.setattr(case.script.ReplayBuffer, "add", spy)
+    monkeypatch.setattr(case.script.Agent, "act", lambda *_: chosen)
+    play(case)
+    actions, rewards, dones = zip(*stored, strict=True)
+    of_the_agent = [(action == chosen[0].numpy()).all() for action in actions]
+    assert all(of_the_agent[8:]) and not all(of_the_agent[:8])
+    if case is CASES["dmc"]:
+        assert rewards == pytest.approx([action.sum() for action in actions])
+        assert not any(dones)
+    else:
+        times = 3 * [*range(1, 11)]
+        assert list(rewards) == [np.sign(runs.Recording.rewards[time, 0]) for time in times]
+        assert list(dones) == [time in (6, 10) for time in times]
+
+
+@only(*PLAYING)
+def test_the_score_is_the_mean_of_all_games(case, play, run_dir, monkeypatch):
+    replace = runs.replace
+
+    def with_three_games(patch, *rest):
+        replace(patch, *rest)
+        patch.setattr(case.script, "evaluate", lambda *_: [1.0, 2.0, 6.0])
+
+    monkeypatch.setattr(runs, "replace", with_three_games)
+    play(case)
+    assert read_result(run_dir)["mean_return"] == 3
+    assert [value for _, value in scalars(run_dir)["eval/mean_return"]] == [3]
+
+
+@only(*PLAYING)
+def test_each_seed_has_random_numbers_of_its_own(case, play, monkeypatch):
+    """And each generator; the environment has the run's seed."""
+    draws, flags = set(), dict(from_scratch=True) if case is CASES["finetune"] else {}
+    for seed in (1, 2):
+        args = case.script.Args(seed=seed, device="cpu", **flags)
+        generators = case.script.make_generators(args).values()
+        draws |= {torch.rand((), generator=generator).item() for generator in generators}
+    assert len(draws) == 2 * len(generators)
+    env = runs.Scripted if case is CASES["dmc"] else runs.Recording
+    monkeypatch.setattr(env, "seeds", [])
+    play(case, seed=5)
+    assert env.seeds[0] == 5
+
+
+@only("atari", "finetune")
+def test_replay_schedule_and_optimizer_have_the_flags(case, play, run_dir, monkeypatch):
+    """n = 3; importance weights end with the last update."""
+    made, make_agent = [], case.script.make_agent
+
+    def keep(*call):
+        made.extend(make_agent(*call))
+        return made
+
+    monkeypatch.setattr(case.script, "make_agent", keep)
+    play(case, gamma=0.5, adam_eps=0.25, learning_rate=0.125)
+    agent, replay, *_ = made
+    assert replay.gammas.tolist() == [1, 0.5, 0.25, 0.125]
+    assert agent.num_updates == read_result(run_dir)["gradient_updates"] == 23 * 2
+    assert (agent.optimizer.defaults["eps"], agent.optimizer.defaults["lr"]) == (0.25, 0.125)
+
+
+@only(*PLAYING)
+def test_the_target_begins_as_what_it_follows(case, play, monkeypatch):
+    made, agent_class = [], case.script.Agent
+
+    class Kept(agent_class):
+        def __init__(self, *rest):
+            super().__init__(*rest)
+            online = self.critic if case is CASES["dmc"] else self.online
+            made.append(zip(online.parameters(), self.target.parameters(), strict=True))
+            assert all(torch.equal(w, w_target) for w, w_target in made[0])
+
+    monkeypatch.setattr(case.script, "Agent", Kept)
+    play(case)
+    assert made
 
 
 # --- Real games and tasks -------------------------------------------------------------------------

@@ -391,6 +391,28 @@ def test_what_happens_when(data_dir, monkeypatch):
     assert "".join(happened) == "=uudue" + "uduue" + "rduudue" + "=uduue" + "rduudue"
 
 
+def test_each_stage_has_its_labels_its_images_and_its_fresh_head(data_dir, monkeypatch):
+    heads, updates, update = [], [], synth.Replicas.update
+    args = make_args(data_dir, task="label", num_stages=5, updates_per_stage=3, reset_interval=2)
+
+    def checked(replicas):
+        stage, position = divmod(len(updates), 3)
+        updates.append(stage)
+        for i, seed in enumerate(replicas.seeds):
+            labels = synth.stage_labels(seed, stage, args)
+            assert replicas.class_labels[i].tolist() == labels.tolist()
+            batches = synth.stage_batches(seed, stage, 200, args)
+            assert np.array_equal(replicas.batches[:, i], batches)
+        if (stage, position) in ((2, 0), (4, 0)):
+            heads.append(replicas.weights[:, replicas.head_start :].clone())
+        return update(replicas)
+
+    monkeypatch.setattr(synth.Replicas, "update", checked)
+    synth.run(args)
+    assert len(updates) == 15 and len(heads) == 2
+    assert (heads[0] != heads[1]).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
 def test_a_reset_renews_the_head_and_moves_the_backbone_towards_one_fresh_draw(data_dir, alpha):
     """Fast and slow weights alike. The backbone stays where it is without Shrink & Perturb."""
