@@ -396,6 +396,15 @@ def test_an_update_equals_a_slow_one(scope, double):
     torch.testing.assert_close(losses["weight_norm"], norm)
 
 
+@pytest.mark.parametrize("alpha", [0.1, 3.0])
+def test_the_temperature_begins_as_its_flag_says_and_comes_back_at_a_reset(alpha):
+    agent = make_agent(initial_temperature=alpha)
+    assert agent.log_alpha.exp().item() == pytest.approx(alpha)
+    agent.log_alpha.data.fill_(7.0)
+    agent.reset()
+    assert agent.log_alpha.exp().item() == pytest.approx(alpha)
+
+
 def test_a_reset_renews_all_but_the_encoder():
     agent = make_agent()
     agent.update(make_batch())

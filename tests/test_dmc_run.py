@@ -22,12 +22,11 @@ def stored(monkeypatch):
     return transitions
 
 
-@pytest.mark.parametrize("interval, resets", [(23, 0), (11, 2)])
-def test_no_reset_on_the_last_step(play, tmp_path, interval, resets):
-    """Steps 8 to 30 have 23 updates."""
-    play(CASE, reset_interval=interval)
+@pytest.mark.parametrize("repeat", [2, 3])
+def test_steps_of_the_environment_are_the_agents_times_the_repeats(play, tmp_path, repeat):
+    play(CASE, action_repeat=repeat, total_timesteps=30 * repeat)
     result = read_result(tmp_path / CASE.dir)
-    assert (result["gradient_updates"], result["resets"]) == (23, resets)
+    assert (result["agent_steps"], result["env_steps"]) == (30, 30 * repeat)
 
 
 def test_an_update_comes_before_its_steps_transition(play, monkeypatch):

@@ -58,6 +58,23 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def test_what_fine_tuning_does_not_say_is_as_for_atari():
+    """Section 4.4's base has none of the interventions."""
+    ours, theirs = vars(ft.Args(from_scratch=True)), vars(atari.Args())
+    own = dict(exp_name="finetune", learning_rate=3e-5, layer_norm=False, crelu=False, sam_rho=0.0)
+    own |= dict(reset_interval=0, shrink_perturb_alpha=0.6)
+    shared = ours.keys() & theirs.keys()
+    assert len(shared) > 35
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared} | own
+    assert ft.RANDOM_HUMAN == atari.RANDOM_HUMAN and ft.MAY_CHANGE == atari.MAY_CHANGE
+
+
+def test_layer_norm_is_in_the_heads_hidden_layers():
+    head = ft.QNetwork(ft.Backbone(), 3, make_args(layer_norm=True)).head
+    norms = [m for m in head.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert [norm.normalized_shape for norm in norms] == [(8,), (8,)]
+
+
 # --- Encoder --------------------------------------------------------------------------------------
 
 
@@ -296,6 +313,56 @@ def test_the_predictions_of_a_still_image_differ_by_their_position_alone():
         assert not torch.allclose(one, other, atol=1e-5)
 
 
+def test_simtprs_transformer_by_hand():
+    """Pre-norm blocks with GELU, eight heads that see no future, and four times the width between;
+    before it a projector and after it a predictor."""
+    torch.manual_seed(0)
+    network = ft.SimTPR(width=32).eval()
+    with torch.no_grad():
+        for w in network.parameters():  # scales and shifts away from 1 and 0
+            w += 0.1 * torch.randn_like(w)
+    images = torch.rand(2, 5, 4, 84, 84)
+    features = network.backbone(images.flatten(0, 1)).detach()
+    network.double()
+    w = {name: value.detach() for name, value in network.named_parameters()}
+    num, length, width, heads = 2, 4, 32, 8
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    def attend(x, name):
+        q, k, v = (x @ w[f"{name}.in_proj_weight"].T).split(width, dim=-1)
+        out = torch.zeros_like(x)
+        for n in range(num):
+            for h in range(heads):
+                own = slice(h * width // heads, (h + 1) * width // heads)
+                for t in range(length):
+                    score = k[n, : t + 1, own] @ q[n, t, own] / (width // heads) ** 0.5
+                    out[n, t, own] = score.softmax(0) @ v[n, : t + 1, own]
+        return linear(out, f"{name}.out_proj")
+
+    projections = linear(linear(features.double(), "projector.0").clamp(min=0), "projector.2")
+    projections = projections.view(num, length + 1, width)
+    x = projections[:, :-1] + ft.positions(length, width, torch.device("cpu"))
+    for block in ("transformer.layers.0", "transformer.layers.1"):
+        x = x + attend(norm(x, f"{block}.norm1"), f"{block}.self_attn")
+        hidden = linear(norm(x, f"{block}.norm2"), f"{block}.linear1")
+        assert hidden.shape[-1] == 4 * width
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2  # GELU
+        x = x + linear(hidden, f"{block}.linear2")
+    hidden = linear(x, "predictor.0")  # BatchNorm1d's statistics are 0 and 1
+    hidden = hidden / (1 + 1e-5) ** 0.5 * w["predictor.1.weight"] + w["predictor.1.bias"]
+    predictions = linear(hidden.clamp(min=0), "predictor.3")
+    network.float()
+    actual = network(images)
+    torch.testing.assert_close(actual[0].double(), projections[:, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual[1].double(), predictions, rtol=1e-4, atol=1e-4)
+
+
 def test_positions_by_their_formula():
     angles = [[t / 10_000 ** (2 * i / 8) for i in range(4)] for t in range(5)]
     expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -421,7 +488,7 @@ def test_the_optimizer_of_the_pretraining_begins_with_a_state_that_says_nothing(
     assert len(states) == len(list(network.parameters()))
     assert not any(value.any() for state in states for value in state.values())
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"]) == (0.5, (0.9, 0.95))
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.9, 0.95), 1e-5)
 
 
 # --- Videos ---------------------------------------------------------------------------------------
@@ -561,6 +628,22 @@ def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch, args):
         assert np.array_equal((call.args[0][0] * 255).round(), stack), i
     with gzip.open(tmp_path / ft.RECORDED[0]) as file:  # as other programs read it
         assert np.load(file).shape == (30, 84, 84)
+
+
+def test_a_player_plays_its_best_action_but_for_one_in_a_hundred(tmp_path, monkeypatch):
+    """Of actions 0, 1, 2 it prefers 1; without a player each is as frequent as the others."""
+    actions, step = [], Recording.step
+    spy = lambda env, action: actions.append(int(action[0])) or step(env, action)  # noqa: E731
+    monkeypatch.setattr(Recording, "step", spy)
+    monkeypatch.setattr(ft, "make_envs", lambda *_: Recording(lambda: None, 0))
+    player = MagicMock()
+    player.q_values.return_value = torch.tensor([[0.0, 2.0, 1.0]])
+    args = pretrain_args(collect_steps=3_000)
+    for who, expected, tolerance in ((player, [10, 2980, 10], 25), (None, [1000] * 3, 150)):
+        actions.clear()
+        ft.record(tmp_path, who, args)
+        counts = np.bincount(actions, minlength=3)
+        assert np.abs(counts - expected).max() < tolerance and (counts > 0).all()
 
 
 def test_halves_of_two_recordings_never_meet(tmp_path, monkeypatch, args):

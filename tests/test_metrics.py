@@ -166,3 +166,30 @@ def test_features_are_what_the_last_layer_is_given(script, crelu, monkeypatch):
     network(script, agent)(*inputs)
     assert seen["features"].shape == (1024, 32 if crelu else 16)
     torch.testing.assert_close(seen["features"], seen["given"].detach())
+
+
+def test_units_are_the_learning_networks_and_sharpness_is_over_all_its_weights(script, monkeypatch):
+    """The target network is another one here. Without noise, its scales move no loss."""
+    agent, replay = make(script, crelu=False)
+    with torch.no_grad():
+        for w in agent.target.parameters():
+            w += 0.1 * torch.randn_like(w)
+    learning, shares, weights = network(script, agent), {}, []
+    monkeypatch.setattr(script, "max_eigenvalue", lambda _, ws, __: weights.extend(ws) or 0.0)
+    metrics = measure(script, agent, replay)
+    moving = [w for name, w in learning.named_parameters() if not name.endswith("_sigma")]
+    assert [id(w) for w in weights] == [id(w) for w in moving]
+    for name, module in learning.named_modules():
+        if isinstance(module, nn.ReLU):
+            share = lambda _, __, x, name=name: shares.update({name: (x > 0).double().mean()})  # noqa: E731
+            module.register_forward_hook(share)
+    generator = torch.Generator().manual_seed(3)
+    learning.head.eval()
+    if script is atari:
+        learning(replay.sample_uniform(512, generator).obs / 255)
+    else:
+        sample = replay.sample(1024, generator)
+        learning(sample.obs[:512] / 255, sample.action[:512])
+    assert len(shares) > 4
+    for name, share in shares.items():
+        assert metrics[f"active_units/{name}"] == pytest.approx(share.item(), abs=1e-4)

@@ -463,6 +463,19 @@ def test_a_directory_that_cannot_be_is_one_line_and_code_1(case, tmp_path, data,
 # --- What is played, stored and reported ----------------------------------------------------------
 
 
+@pytest.fixture
+def kept_agent(case, monkeypatch):
+    """What make_agent() has made: agent, replay and functions."""
+    made, make_agent = [], case.script.make_agent
+
+    def keep(*call):
+        made.extend(make_agent(*call))
+        return made
+
+    monkeypatch.setattr(case.script, "make_agent", keep)
+    return made
+
+
 @only(*PLAYING)
 def test_after_random_actions_the_agent_acts_and_what_happens_is_stored(case, play, monkeypatch):
     """Eight steps are random. Atari's rewards are clipped, and a lost life (the sixth step of ten)
@@ -487,6 +500,52 @@ def test_after_random_actions_the_agent_acts_and_what_happens_is_stored(case, pl
         times = 3 * [*range(1, 11)]
         assert list(rewards) == [np.sign(runs.Recording.rewards[time, 0]) for time in times]
         assert list(dones) == [time in (6, 10) for time in times]
+
+
+@pytest.mark.parametrize("interval", [10, 23, 46])
+@only(*PLAYING)
+def test_resets_count_updates_and_none_is_on_the_last_step(
+    case, interval, play, run_dir, monkeypatch
+):
+    """By a loop of its own. Steps 8 to 30 have an update each, or two (a replay ratio of 2)."""
+    happened, agent_class = [], case.script.Agent
+    update, reset = agent_class.update, agent_class.reset
+    monkeypatch.setattr(agent_class, "update", lambda *a: happened.append("u") or update(*a))
+    monkeypatch.setattr(agent_class, "reset", lambda *a: happened.append("r") or reset(*a))
+    play(case, reset_interval=interval)
+    expected, updates = [], 0
+    for step in range(8, 31):
+        for _ in range(1 if case is CASES["dmc"] else 2):
+            expected.append("u")
+            updates += 1
+            if updates % interval == 0 and step < 30:
+                expected.append("r")
+    assert happened == expected
+    result, resets = read_result(run_dir), expected.count("r")
+    assert (result["gradient_updates"], result["resets"]) == (updates, resets)
+    assert scalars(run_dir)["charts/resets"][-1] == (30, resets)
+
+
+@only("atari", "finetune")
+def test_every_evaluation_is_of_the_target_network(case, play, kept_agent, monkeypatch):
+    played, replace = [], runs.replace
+
+    def watched(patch, *rest):
+        replace(patch, *rest)
+        patch.setattr(case.script, "evaluate", lambda network, *_: played.append(network) or [1.0])
+
+    monkeypatch.setattr(runs, "replace", watched)
+    play(case, eval_interval=10)
+    agent, *_ = kept_agent
+    assert len(played) == 3 and all(network is agent.target for network in played)
+
+
+@only(*PLAYING)
+def test_no_replay_is_larger_than_its_flag(case, play, kept_agent):
+    """But for what an n-step window, or the stacks of two episodes of ten steps, need."""
+    play(case, buffer_size=12)
+    _, replay, *_ = kept_agent
+    assert replay.slots == 12 + (2 + 3 if case is CASES["dmc"] else 4)
 
 
 @only(*PLAYING)
@@ -519,17 +578,10 @@ def test_each_seed_has_random_numbers_of_its_own(case, play, monkeypatch):
 
 
 @only("atari", "finetune")
-def test_replay_schedule_and_optimizer_have_the_flags(case, play, run_dir, monkeypatch):
+def test_replay_schedule_and_optimizer_have_the_flags(case, play, run_dir, kept_agent):
     """n = 3; importance weights end with the last update."""
-    made, make_agent = [], case.script.make_agent
-
-    def keep(*call):
-        made.extend(make_agent(*call))
-        return made
-
-    monkeypatch.setattr(case.script, "make_agent", keep)
     play(case, gamma=0.5, adam_eps=0.25, learning_rate=0.125)
-    agent, replay, *_ = made
+    agent, replay, *_ = kept_agent
     assert replay.gammas.tolist() == [1, 0.5, 0.25, 0.125]
     assert agent.num_updates == read_result(run_dir)["gradient_updates"] == 23 * 2
     assert (agent.optimizer.defaults["eps"], agent.optimizer.defaults["lr"]) == (0.25, 0.125)

@@ -73,6 +73,15 @@ METHODS = {
 }
 
 
+def test_defaults_are_those_of_section_3():
+    """Of what a sweep chooses (learning rate, decay, rho, interval) one value each."""
+    table = dict(num_stages=100, updates_per_stage=500, batch_size=128, num_seeds=30)
+    table |= dict(sam_rho=0.1, reset_interval=10, layer_norm=True, crelu=True, momentum=0.9)
+    table |= dict(redo_interval=0, weight_clip=0, tortoise_interval=0, l2_init=False)
+    args = vars(synth.Args())
+    assert {name: args[name] for name in table} == table
+
+
 # --- Data and tasks -------------------------------------------------------------------------------
 
 

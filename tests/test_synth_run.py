@@ -1,10 +1,11 @@
 """The synthetic script's run beyond what all scripts promise (test_promises.py)."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from runs import CASES, contents, scalars, stop
+from runs import CASES, contents, scalars, stop, synth
 from test_synth import write_images
 
 CASE = CASES["synth"]
@@ -90,3 +91,32 @@ def test_other_images_are_refused(play, tmp_path):
     with pytest.raises(SystemExit, match="was made with other images"):
         play(CASE, resume=True, data_dir=str(tmp_path / "others"))
     assert contents(tmp_path / CASE.dir) == before
+
+
+def test_a_stages_accuracies_are_of_its_own_images_and_stay_apart(play, tmp_path, monkeypatch):
+    """An accuracy here tells which images it is of: how many, and from which half of the files."""
+    asked = []
+
+    def accuracy(replicas, images, labels, index):
+        test = images is replicas.test_images
+        asked.append((test, [set(row.tolist()) for row in index]))
+        return [len(row) / 1000 + (0.5 if test else 0) for row in index]
+
+    monkeypatch.setattr(synth, "accuracy", accuracy)
+    play(CASE)  # of 200 images in four stages, 40 for the test
+    result = read_result(tmp_path)
+    assert result["train_accuracy"] == [pytest.approx([0.05, 0.1, 0.15, 0.2])] * 2
+    assert result["test_accuracy"] == [pytest.approx([0.54] * 4)] * 2
+    trained = [rows for test, rows in asked if not test]
+    for early, late in pairwise(trained):  # the images before are there, too
+        assert all(a < b for a, b in zip(early, late, strict=True))
+
+
+def test_the_best_setting_is_the_one_that_ends_best(play, tmp_path, monkeypatch):
+    """Not the one that is better on the way: the first one is, and the second ends higher."""
+    curves = iter([[0.8, 0.1], [0.8, 0.1], [0.8, 0.2], [0.3, 0.4]])
+    measured = lambda *_: dict.fromkeys(("train_accuracy", "test_accuracy"), next(curves))  # noqa: E731
+    monkeypatch.setattr(synth, "evaluate", measured)
+    play(CASE, num_seeds=1, learning_rate=(0.05, 0.01))
+    result = read_result(tmp_path)
+    assert (result["learning_rate"], result["final_accuracy_mean"]) == (0.01, 0.4)
