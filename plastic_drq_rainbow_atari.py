@@ -143,7 +143,7 @@ class Args:
 
     def __post_init__(self) -> None:
         """Check the flags and resolve `auto`. tyro prints a ValueError and ends with code 2."""
-        if self.shrink_perturb_alpha == "auto":  # section 4.3: hurts at 2, pays at more
+        if self.shrink_perturb_alpha == "auto":  # section 4.3: at 2 it hurts, above it helps
             pays = self.replay_ratio >= 4 and self.reset_interval > 0
             self.shrink_perturb_alpha = 0.6 if pays else 1.0
         tiny, huge = 1e-12, 10**9
@@ -1241,8 +1241,8 @@ def train(args: Args, run_dir: Path) -> None:
         counters.resumed_at.append(counters.env_steps)
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
-    # (31 bits) above all of --seed and of the evaluation.
-    continued = 2_100_000_000 + counters.env_steps if counters.env_steps > 0 else 0
+    # above all of --seed and of the evaluation. EnvPool's have 31 bits: it is below 2,147,483,648.
+    continued = 2_100_000_000 + counters.env_steps % 40_000_000 if counters.env_steps > 0 else 0
     envs = make_envs(args.env_id, 1, args.seed + continued)
     frames, info = envs.reset()
     replay.start(frames[0, 0])

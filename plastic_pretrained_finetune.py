@@ -1661,8 +1661,8 @@ def train(args: Args, run_dir: Path) -> None:
         counters.resumed_at.append(counters.env_steps)
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
-    # (31 bits) above all of --seed and of the evaluation.
-    continued = 2_100_000_000 + counters.env_steps if counters.env_steps > 0 else 0
+    # above all of --seed and of the evaluation. EnvPool's have 31 bits: it is below 2,147,483,648.
+    continued = 2_100_000_000 + counters.env_steps % 40_000_000 if counters.env_steps > 0 else 0
     envs = make_envs(args.env_id, 1, args.seed + continued)
     frames, info = envs.reset()
     replay.start(frames[0, 0])
