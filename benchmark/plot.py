@@ -86,7 +86,8 @@ def save(figure: plt.Figure, path: Path) -> None:
 def panels(count: int) -> tuple[plt.Figure, np.ndarray]:
     """A figure and its axes, four in a row."""
     columns, rows = min(count, 4), -(-count // 4)
-    options = dict(figsize=(4.2 * columns, 3.5 * rows), squeeze=False, layout="constrained")
+    size = (4.2 * columns + 1.5, 3.5 * rows)  # with room for a legend beside them
+    options = dict(figsize=size, squeeze=False, layout="constrained")
     figure, axes = plt.subplots(rows, columns, **options)
     for axis in axes.flat[count:]:
         axis.axis("off")
@@ -126,8 +127,10 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
     runs = runs[["eval/mean_return" in curves for curves in runs.curves]]
     if runs.empty:
         return
+    runs = runs.assign(exp_name=runs.exp_name.str.removesuffix("_metrics"))
     names, by_task = list(runs.exp_name.unique()), runs.groupby("task", sort=False)
     figure, axes = panels(len(by_task))
+    once = {}  # handles of the legend by label, from all panels
     for axis, (task, own) in zip(axes, by_task, strict=True):
         for run in own.itertuples():
             colour = f"C{names.index(run.exp_name)}"
@@ -143,12 +146,12 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
         ):
             if returns:
                 axis.axhline(np.mean(returns), color="gray", linestyle=style, label=label)
-        lone = all(len(curves["eval/mean_return"]) == 1 for curves in own.curves)
-        key = " (lines: training, dots: evaluation)" if lone else ""
-        axis.set(title=task, ylabel=f"mean return{key}")
+        axis.set(title=task)
         handles, labels = axis.get_legend_handles_labels()
-        once = dict(zip(labels, handles, strict=True))
-        axis.legend(once.values(), once.keys())
+        once |= dict(zip(labels, handles, strict=True))
+    lone = any(len(curves["eval/mean_return"]) == 1 for curves in runs.curves)
+    axes[0].set_ylabel("mean return" + "\n(dots: evaluation, lines without: training)" * lone)
+    figure.legend(once.values(), once.keys(), loc="outside right center")
     save(figure, path)
 
 
