@@ -95,7 +95,7 @@ class Args:
     total_timesteps: int = 100_000  # steps; one is 4 frames
     replay_ratio: int = 2  # gradient updates per step
     batch_size: int = 32  # transitions per update
-    learning_starts: int = 2_000  # random actions up to this step, which has the first update, too
+    learning_starts: int = 2_000  # steps of random actions; the last one has the first update
     learning_rate: float = 1e-4  # of Adam (1.414e-4 in the authors' release)
     adam_eps: float = 1.5e-4  # epsilon of Adam (Table 5's 0.000015 is a digit slip)
     max_grad_norm: float = 10.0  # largest norm of the gradient that is applied
@@ -120,8 +120,8 @@ class Args:
     crelu_scope: Literal["head", "all"] = "head"  # all = the backbone's layers too
     sam_rho: float = 0.1  # radius of the SAM perturbation (0 = off)
     sam_scope: Literal["all", "backbone", "head"] = "all"  # parameters that SAM perturbs
-    # noise of SAM's two passes (appendix B.4): independent = drawn for each (Algorithm 1), reused =
-    # one draw for both, none = in the second pass alone
+    # noise in SAM's two passes (appendix B.4): independent = a draw for each (Algorithm 1),
+    # reused = one draw for both, none = no noise in the first pass
     sam_noise: Literal["independent", "reused", "none"] = "independent"
     reset_interval: int = 40_000  # gradient updates between resets of the head (0 = off)
     # share of the backbone's weights kept at a reset (1 = off; auto = off below replay ratio 4,
@@ -144,13 +144,13 @@ class Args:
     def __post_init__(self) -> None:
         """Check the flags and resolve `auto`. tyro prints a ValueError and ends with code 2."""
         if self.shrink_perturb_alpha == "auto":  # section 4.3: at 2 it hurts, above it helps
-            pays = self.replay_ratio >= 4 and self.reset_interval > 0
-            self.shrink_perturb_alpha = 0.6 if pays else 1.0
+            helps = self.replay_ratio >= 4 and self.reset_interval > 0
+            self.shrink_perturb_alpha = 0.6 if helps else 1.0
         tiny, huge = 1e-12, 10**9
         for lowest, highest, names in (
             (0, 1, "gamma per_beta target_ema eval_epsilon shrink_perturb_alpha"),
             (0, 1024, "torch_threads"),
-            (0, 200_000, "seed"),  # EnvPool's have 31 bits, and an evaluation's are 10,000 times it
+            (0, 200_000, "seed"),  # evaluations have 10,000 times this; EnvPool's have 31 bits
             (0, huge, "noisy_std per_alpha aug_shift aug_intensity sam_rho reset_interval"),
             (0, huge, "checkpoint_interval eval_interval metrics_interval"),
             (tiny, huge, "learning_rate adam_eps max_grad_norm"),
@@ -392,13 +392,13 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, n_step: int, gamma: float, device: torch.device) -> None:
         # Beyond the transitions: the newest frame, and three more for the oldest one's stack.
-        self.slots, self.n_step = capacity + FRAME_STACK, n_step
-        self.frames = torch.zeros((self.slots, 84, 84), dtype=torch.uint8, device=device)
-        self.actions = torch.zeros(self.slots, dtype=torch.int64, device=device)
-        self.rewards = torch.zeros(self.slots, device=device)
+        self.num_slots, self.n_step = capacity + FRAME_STACK, n_step
+        self.frames = torch.zeros((self.num_slots, 84, 84), dtype=torch.uint8, device=device)
+        self.actions = torch.zeros(self.num_slots, dtype=torch.int64, device=device)
+        self.rewards = torch.zeros(self.num_slots, device=device)
         # Slots not written count as done: no stack reaches back past the first frame.
-        self.dones = torch.ones(self.slots, dtype=torch.bool, device=device)
-        self.priorities = torch.zeros(self.slots, device=device)
+        self.dones = torch.ones(self.num_slots, dtype=torch.bool, device=device)
+        self.priorities = torch.zeros(self.num_slots, device=device)
         self.max_priority = torch.ones((), device=device)
         self.gammas = gamma ** torch.arange(n_step + 1, device=device)
         self.window = torch.arange(n_step, device=device)
@@ -415,14 +415,14 @@ class ReplayBuffer:
         here. Nothing completes the windows of its newest transitions: they are never sampled.
         """
         self.cursor, self.pending = int(self.cursor_tensor), 0
-        if not self.dones[self.cursor - 1]:  # an empty buffer is all done
+        if not self.dones[self.cursor - 1]:  # of an empty buffer, every slot is
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
 
     def add(self, action: int, reward: float, done: bool, next_frame: np.ndarray) -> None:
         """Store what followed the newest frame. After game over, next_frame is the next game's."""
-        slot, self.cursor = self.cursor, (self.cursor + 1) % self.slots
+        slot, self.cursor = self.cursor, (self.cursor + 1) % self.num_slots
         self.cursor_tensor.fill_(self.cursor)
         self.actions[slot] = action
         self.rewards[slot] = reward
@@ -433,17 +433,18 @@ class ReplayBuffer:
         num_complete = self.pending if done else int(self.pending == self.n_step)
         first = slot - self.pending + 1
         slots = torch.arange(first, first + num_complete, device=self.priorities.device)
-        self.priorities[slots % self.slots] = self.max_priority
+        self.priorities[slots % self.num_slots] = self.max_priority
         self.pending -= num_complete
-        # The new frame has cut the stacks of the next three slots: the third one now goes, too.
-        self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0
+        # Stacks of the three slots after the new frame would mix it with old ones. The two frames
+        # before it have taken two of these out of the draw; this takes out the third.
+        self.priorities[(self.cursor + FRAME_STACK - 1) % self.num_slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
         """The frames up to slots `index` [B], oldest first: uint8 [B, 4, 84, 84].
 
         Frames from before the current life are zeros.
         """
-        slots = (index[:, None] + self.history) % self.slots
+        slots = (index[:, None] + self.history) % self.num_slots
         # Only what came after the last done is seen: dones 0, 1, 0 of the older three give 0, 0, 1,
         # a product from right to left.
         not_done = ~self.dones[slots[:, :-1]]
@@ -458,7 +459,7 @@ class ReplayBuffer:
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
-        window = (index[:, None] + self.window) % self.slots  # [B, n]; of 10 slots: 8, 9, 0
+        window = (index[:, None] + self.window) % self.num_slots  # [B, n]; of 10 slots: 8, 9, 0
         not_done = (~self.dones[window]).float().cumprod(1)  # dones 0, 1, 0: 1, 0, 0
         # The reward of the first done counts, too: 1, 1, 0.
         in_life = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], dim=1)
@@ -469,7 +470,7 @@ class ReplayBuffer:
             action=self.actions[index],
             n_step_return=n_step_return,
             discount=self.gammas[-1] * not_done[:, -1],
-            next_obs=self.stack((index + self.n_step) % self.slots),
+            next_obs=self.stack((index + self.n_step) % self.num_slots),
         )
 
     def sample(self, batch_size: int, beta: Tensor, generator: Generator) -> tuple[Batch, Tensor]:
@@ -485,8 +486,9 @@ class ReplayBuffer:
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
-        # Priorities that are nan would lead beyond the buffer, before check_finite() can say so.
-        index = index.clamp(max=self.slots - 1)
+        # Past the last slot only where priorities are nan, until check_finite() says so, or all 0,
+        # as when capture() warms up on an empty buffer.
+        index = index.clamp(max=self.num_slots - 1)
         priorities = self.priorities[index]
         return self.gather(index), (priorities.min() / priorities) ** beta
 
@@ -499,7 +501,7 @@ class ReplayBuffer:
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
         """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set.
 
-        Of a slot that is there twice, with two augmentations, either priority may stay.
+        A slot can be there twice, augmented differently: either priority may stay.
         """
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
@@ -540,15 +542,15 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> 
 
 
 @contextmanager
-def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) -> Iterator[None]:
+def sam_perturbed(parameters: list[Tensor], rho: float) -> Iterator[None]:
     """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
     g is what .grad holds, and the norm is one over all `parameters`. A parameter without gradient
-    stays. `backup` are tensors of the same shapes, which keep w.
+    stays. The block computes the gradient once more; the optimizer's step comes after it.
     """
     with torch.no_grad():
-        torch._foreach_copy_(backup, parameters)
         perturbed = [w for w in parameters if w.grad is not None]
+        before = [w.clone() for w in perturbed]
         norm = nn.utils.get_total_norm([w.grad for w in perturbed])
         scale = rho / (norm + 1e-12)
         for w in perturbed:
@@ -557,7 +559,7 @@ def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) ->
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, backup)
+            torch._foreach_copy_(perturbed, before)
 
 
 @torch.no_grad()
@@ -655,8 +657,7 @@ class Agent:
         self.optimizer.step()
         reset_optimizer(self.optimizer)
         scope = self.online if args.sam_scope == "all" else getattr(self.online, args.sam_scope)
-        self.sam_parameters = list(scope.parameters()) if args.sam_rho > 0 else []
-        self.sam_backup = [torch.empty_like(w) for w in self.sam_parameters]
+        self.sam_parameters = list(scope.parameters())
         self.updates = torch.zeros((), dtype=torch.int64, device=device)  # made so far
 
     @torch.no_grad()
@@ -685,23 +686,24 @@ class Agent:
         next_images = augment(batch.next_obs, args.aug_shift, args.aug_intensity, generator)
 
         # Lines 11, then 9: double Q-learning reads the online network, too, so noise comes first.
+        # The target's noise is Rainbow's, not in Algorithm 1; act() plays with it.
         online.sample_noise(generator)
         target.sample_noise(generator)
         td_target = self.td_target(batch, next_images)
 
-        # Line 12: the gradient at w.
+        # Line 12: the gradient at w. With --sam-noise none, this pass alone has no noise.
         if args.sam_rho > 0 and args.sam_noise == "none":
-            online.head.eval()  # no noise in this pass
+            online.head.eval()
         self.optimizer.zero_grad()
         log_probs = online(images)
         td_errors = cross_entropy(log_probs, batch.action, td_target)  # [B]
         loss = (weights * td_errors).mean()
         loss.backward()
-        online.head.train()  # noise again
+        online.head.train()
 
         # Lines 13 to 16: climb to w + rho * g / ||g||, take the gradient there, come back to w.
         if args.sam_rho > 0:
-            with sam_perturbed(self.sam_parameters, self.sam_backup, args.sam_rho):
+            with sam_perturbed(self.sam_parameters, args.sam_rho):
                 if args.sam_noise == "independent":
                     online.sample_noise(generator)
                 self.optimizer.zero_grad()
@@ -741,9 +743,9 @@ class Agent:
 def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
-    The function must not wait for the device, and everything that changes must lie in tensors that
-    stay where they are, and that the caller keeps: a graph keeps no tensor alive. What the returned
-    function returns is overwritten when it is called again.
+    The function must not wait for the device. What it reads and changes must be tensors that stay
+    where they are and that the caller keeps, as a graph keeps none alive. Each call of the returned
+    function overwrites what the call before it returned.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
     all that they change, are put back.
     """
@@ -794,7 +796,7 @@ def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, C
     if args.cuda_graph and args.device == "cuda":
         changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
         update = capture(update, changed, (generator,))
-        act = capture(act, changed, (generator,))
+        act = capture(act, changed)
     return agent, replay, update, act
 
 
@@ -829,9 +831,9 @@ def human_normalized_score(env_id: str, mean_return: float) -> float | None:
 def evaluate(network: QNetwork, args: Args, video: list[np.ndarray] | None = None) -> list[float]:
     """Play --eval-episodes full games side by side; returns their returns, not clipped.
 
-    Each environment plays one game: of many environments, the first games to end are the short
-    ones. The network (a run's target network, which acts, too; the paper does not say) plays
-    without noise, with --eval-epsilon random actions. Environment i has the seed
+    Each environment plays one game: the first games to end, of many, would be the short ones. The
+    network plays without noise, with --eval-epsilon random actions. It is a run's target network,
+    which acts in training, too (the paper does not say which one plays). Environment i has the seed
     10,000 * (seed + 1) + i, training the seed itself.
     `video`, where given, takes the first game's frames, uint8 [84, 84].
     """
@@ -855,7 +857,7 @@ def evaluate(network: QNetwork, args: Args, video: list[np.ndarray] | None = Non
         frames, rewards, terminated, truncated, info = envs.step(actions, playing)
         playing = info["env_id"]  # in the order of the answers
         returns[playing] += rewards
-        # Some games are played on for a while with no life left: that is no new life.
+        # Some games go on for a while with no life left: 0 lives are no new life.
         lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
         lives[playing] = info["lives"]
         stacks[playing, :-1] = stacks[playing, 1:]
@@ -1020,7 +1022,8 @@ def plasticity_metrics(agent: Agent, replay: ReplayBuffer, generator: Generator)
     # Not online(images): its scaled backward pass gives a matrix that is no Hessian.
     log_probs = online.head(online.backbone(to_images(batch.obs)))
     loss = cross_entropy(log_probs, batch.action, td_target).mean()
-    means = [w for name, w in online.named_parameters() if "sigma" not in name]  # not in the loss
+    # Without noise, the loss does not depend on the sigmas.
+    means = [w for name, w in online.named_parameters() if "sigma" not in name]
     metrics["hessian_max_eigenvalue"] = max_eigenvalue(loss, means, generator)
 
     # Features: what the advantage stream's hidden layer gives out.
@@ -1189,7 +1192,10 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that the next SIGTERM or Ctrl-C joins: the step can end. One more ends the process."""
+    """A list that takes the next SIGTERM or Ctrl-C, so that the step can end.
+
+    The one after that ends the process at once.
+    """
     caught: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
@@ -1241,7 +1247,7 @@ def train(args: Args, run_dir: Path) -> None:
         counters.resumed_at.append(counters.env_steps)
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
-    # above all of --seed and of the evaluation. EnvPool's have 31 bits: it is below 2,147,483,648.
+    # above any --seed and any evaluation's, and below EnvPool's limit of 31 bits.
     continued = 2_100_000_000 + counters.env_steps % 40_000_000 if counters.env_steps > 0 else 0
     envs = make_envs(args.env_id, 1, args.seed + continued)
     frames, info = envs.reset()
@@ -1270,7 +1276,7 @@ def train(args: Args, run_dir: Path) -> None:
         else:
             action = int(act())  # waits for the device
         frames, rewards, terminated, truncated, info = envs.step(np.array([action], np.int32))
-        # Some games are played on for a while with no life left: that is not yet game over.
+        # Some games go on for a while with no life left: 0 lives are not yet game over.
         lost_life = 0 < info["lives"][0] < lives
         episode_over = terminated[0] or truncated[0]
         episode_return += float(rewards[0])  # not clipped
@@ -1354,7 +1360,7 @@ def run(args: Args) -> None:
                 sys.exit(f"error: {run_dir} holds {kind} run; {advice}")
             if finished and args.resume:
                 refuse_other_flags(args, json.loads(result_path.read_text())["args"], result_path)
-                checkpoint_path.unlink(missing_ok=True)  # of a run killed before it could
+                checkpoint_path.unlink(missing_ok=True)  # left by a run killed after its result
                 print(f"{run_dir}: finished already", file=sys.stderr)
             else:
                 train(args, run_dir)

@@ -499,15 +499,15 @@ class ReplayBuffer:
         device: torch.device,
     ) -> None:
         # Beyond the transitions: each episode's last frame, and older frames for the oldest stack.
-        self.slots = capacity + math.ceil(capacity / episode_steps) + frame_stack
+        self.num_slots = capacity + math.ceil(capacity / episode_steps) + frame_stack
         self.frame_stack = frame_stack
-        self.frames = torch.zeros((self.slots, *frame_shape), dtype=torch.uint8, device=device)
+        self.frames = torch.zeros((self.num_slots, *frame_shape), dtype=torch.uint8, device=device)
         # Ones: to start(), age 0 is an episode without a step.
-        self.ages = torch.ones(self.slots, dtype=torch.int64, device=device)
-        self.actions = torch.zeros((self.slots, action_dim), device=device)
-        self.rewards = torch.zeros(self.slots, device=device)
-        self.terminated = torch.zeros(self.slots, device=device)
-        self.valid = torch.zeros(self.slots, dtype=torch.bool, device=device)
+        self.ages = torch.ones(self.num_slots, dtype=torch.int64, device=device)
+        self.actions = torch.zeros((self.num_slots, action_dim), device=device)
+        self.rewards = torch.zeros(self.num_slots, device=device)
+        self.terminated = torch.zeros(self.num_slots, device=device)
+        self.valid = torch.zeros(self.num_slots, dtype=torch.bool, device=device)
         self.history = torch.arange(1 - frame_stack, 1, device=device)  # -2, -1, 0
         self.cursor = 0
         # The same as a tensor, to index with and for a checkpoint.
@@ -535,13 +535,13 @@ class ReplayBuffer:
 
     def push(self, frame: np.ndarray, age: int | Tensor) -> None:
         """Put a frame into the next slot."""
-        self.cursor = (self.cursor + 1) % self.slots
+        self.cursor = (self.cursor + 1) % self.num_slots
         self.cursor_tensor.fill_(self.cursor)
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
         self.ages[self.cursor] = age
         self.valid[self.cursor] = False  # not acted on yet
         # The new frame has cut the stacks of the next slots: the last of these now goes, too.
-        self.valid[(self.cursor + self.frame_stack - 1) % self.slots] = False
+        self.valid[(self.cursor + self.frame_stack - 1) % self.num_slots] = False
 
     def stack(self, index: Tensor) -> Tensor:
         """Frames up to slots `index` [B], oldest first: uint8 [B, frames * channels, H, W].
@@ -549,7 +549,7 @@ class ReplayBuffer:
         An episode's first frame stands for those before it.
         """
         history = torch.maximum(self.history, -self.ages[index][:, None])  # at age 1: -1, -1, 0
-        return self.frames[(index[:, None] + history) % self.slots].flatten(1, 2)
+        return self.frames[(index[:, None] + history) % self.num_slots].flatten(1, 2)
 
     def last_obs(self) -> Tensor:
         """The observation to act on: uint8 [1, frames * channels, H, W]."""
@@ -562,7 +562,7 @@ class ReplayBuffer:
             action=self.actions[index],
             reward=self.rewards[index],
             terminated=self.terminated[index],
-            next_obs=self.stack((index + 1) % self.slots),
+            next_obs=self.stack((index + 1) % self.num_slots),
         )
 
     def sample(self, batch_size: int, generator: Generator) -> Batch:
@@ -609,15 +609,15 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> 
 
 
 @contextmanager
-def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) -> Iterator[None]:
+def sam_perturbed(parameters: list[Tensor], rho: float) -> Iterator[None]:
     """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
     g is what .grad holds, and the norm is one over all `parameters`. A parameter without gradient
-    stays. `backup` are tensors of the same shapes, which keep w.
+    stays. The block computes the gradient once more; the optimizer's step comes after it.
     """
     with torch.no_grad():
-        torch._foreach_copy_(backup, parameters)
         perturbed = [w for w in parameters if w.grad is not None]
+        before = [w.clone() for w in perturbed]
         norm = nn.utils.get_total_norm([w.grad for w in perturbed])
         scale = rho / (norm + 1e-12)
         for w in perturbed:
@@ -626,7 +626,7 @@ def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) ->
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, backup)
+            torch._foreach_copy_(perturbed, before)
 
 
 @torch.no_grad()
@@ -699,10 +699,7 @@ class Agent:
             "actor": ("actor",),
             "encoder": ("encoder",),
         }
-        scope = scopes[args.sam_scope] if args.sam_rho > 0 else ()
-        self.sam_backup = {
-            name: [torch.empty_like(w) for w in self.parameters[name]] for name in scope
-        }
+        self.sam_scope = scopes[args.sam_scope] if args.sam_rho > 0 else ()
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
         """Adam whose state is there, so that checkpoints and CUDA graphs find it.
@@ -794,9 +791,7 @@ class Agent:
         at SAM's w + rho * g / ||g||.
         """
         parameters = [w for name in names for w in self.parameters[name]]
-        in_scope = [name for name in names if name in self.sam_backup]
-        perturbed = [w for name in in_scope for w in self.parameters[name]]
-        backup = [w for name in in_scope for w in self.sam_backup[name]]
+        perturbed = [w for name in names if name in self.sam_scope for w in self.parameters[name]]
 
         # The gradient at w.
         losses = loss_function()
@@ -805,7 +800,7 @@ class Agent:
 
         # Line 15: climb to w + rho * g / ||g||. Line 18: the gradient there. Then back to w.
         if perturbed:
-            with sam_perturbed(perturbed, backup, self.args.sam_rho):
+            with sam_perturbed(perturbed, self.args.sam_rho):
                 loss, *_ = loss_function().values()
                 set_gradient(loss, parameters)
 
@@ -843,9 +838,9 @@ class Agent:
 def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
-    The function must not wait for the device, and everything that changes must lie in tensors that
-    stay where they are, and that the caller keeps: a graph keeps no tensor alive. What the returned
-    function returns is overwritten when it is called again.
+    The function must not wait for the device. What it reads and changes must be tensors that stay
+    where they are and that the caller keeps, as a graph keeps none alive. Each call of the returned
+    function overwrites what the call before it returned.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
     all that they change, are put back.
     """
@@ -1273,7 +1268,10 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that the next SIGTERM or Ctrl-C joins: the step can end. One more ends the process."""
+    """A list that takes the next SIGTERM or Ctrl-C, so that the step can end.
+
+    The one after that ends the process at once.
+    """
     caught: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
@@ -1441,7 +1439,7 @@ def run(args: Args) -> None:
                 sys.exit(f"error: {run_dir} holds {kind} run; {advice}")
             if finished and args.resume:
                 refuse_other_flags(args, json.loads(result_path.read_text())["args"], result_path)
-                checkpoint_path.unlink(missing_ok=True)  # of a run killed before it could
+                checkpoint_path.unlink(missing_ok=True)  # left by a run killed after its result
                 print(f"{run_dir}: finished already", file=sys.stderr)
             else:
                 train(args, run_dir)

@@ -122,7 +122,7 @@ class Args:
     total_timesteps: int = 100_000  # steps; one is 4 frames
     replay_ratio: int = 2  # gradient updates per step
     batch_size: int = 32  # transitions per update
-    learning_starts: int = 2_000  # random actions up to this step, which has the first update, too
+    learning_starts: int = 2_000  # steps of random actions; the last one has the first update
     learning_rate: float = 3e-5  # of Adam (section 4.4 is silent; Table 5: 0.0001)
     adam_eps: float = 1.5e-4  # epsilon of Adam (Table 5's 0.000015 is a digit slip)
     max_grad_norm: float = 10.0  # largest norm of the gradient that is applied
@@ -174,7 +174,7 @@ class Args:
         for lowest, highest, names in (
             (0, 1, "gamma per_beta target_ema eval_epsilon shrink_perturb_alpha"),
             (0, 1024, "torch_threads"),
-            (0, 200_000, "seed"),  # EnvPool's have 31 bits, and an evaluation's are 10,000 times it
+            (0, 200_000, "seed"),  # evaluations have 10,000 times this; EnvPool's have 31 bits
             (0, huge, "noisy_std per_alpha aug_shift aug_intensity sam_rho reset_interval"),
             (0, huge, "barlow_weight checkpoint_interval eval_interval metrics_interval"),
             (tiny, huge, "learning_rate adam_eps max_grad_norm"),
@@ -551,13 +551,13 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, n_step: int, gamma: float, device: torch.device) -> None:
         # Beyond the transitions: the newest frame, and three more for the oldest one's stack.
-        self.slots, self.n_step = capacity + FRAME_STACK, n_step
-        self.frames = torch.zeros((self.slots, 84, 84), dtype=torch.uint8, device=device)
-        self.actions = torch.zeros(self.slots, dtype=torch.int64, device=device)
-        self.rewards = torch.zeros(self.slots, device=device)
+        self.num_slots, self.n_step = capacity + FRAME_STACK, n_step
+        self.frames = torch.zeros((self.num_slots, 84, 84), dtype=torch.uint8, device=device)
+        self.actions = torch.zeros(self.num_slots, dtype=torch.int64, device=device)
+        self.rewards = torch.zeros(self.num_slots, device=device)
         # Slots not written count as done: no stack reaches back past the first frame.
-        self.dones = torch.ones(self.slots, dtype=torch.bool, device=device)
-        self.priorities = torch.zeros(self.slots, device=device)
+        self.dones = torch.ones(self.num_slots, dtype=torch.bool, device=device)
+        self.priorities = torch.zeros(self.num_slots, device=device)
         self.max_priority = torch.ones((), device=device)
         self.gammas = gamma ** torch.arange(n_step + 1, device=device)
         self.window = torch.arange(n_step, device=device)
@@ -574,14 +574,14 @@ class ReplayBuffer:
         here. Nothing completes the windows of its newest transitions: they are never sampled.
         """
         self.cursor, self.pending = int(self.cursor_tensor), 0
-        if not self.dones[self.cursor - 1]:  # an empty buffer is all done
+        if not self.dones[self.cursor - 1]:  # of an empty buffer, every slot is
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
 
     def add(self, action: int, reward: float, done: bool, next_frame: np.ndarray) -> None:
         """Store what followed the newest frame. After game over, next_frame is the next game's."""
-        slot, self.cursor = self.cursor, (self.cursor + 1) % self.slots
+        slot, self.cursor = self.cursor, (self.cursor + 1) % self.num_slots
         self.cursor_tensor.fill_(self.cursor)
         self.actions[slot] = action
         self.rewards[slot] = reward
@@ -592,17 +592,18 @@ class ReplayBuffer:
         num_complete = self.pending if done else int(self.pending == self.n_step)
         first = slot - self.pending + 1
         slots = torch.arange(first, first + num_complete, device=self.priorities.device)
-        self.priorities[slots % self.slots] = self.max_priority
+        self.priorities[slots % self.num_slots] = self.max_priority
         self.pending -= num_complete
-        # The new frame has cut the stacks of the next three slots: the third one now goes, too.
-        self.priorities[(self.cursor + FRAME_STACK - 1) % self.slots] = 0.0
+        # Stacks of the three slots after the new frame would mix it with old ones. The two frames
+        # before it have taken two of these out of the draw; this takes out the third.
+        self.priorities[(self.cursor + FRAME_STACK - 1) % self.num_slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
         """The frames up to slots `index` [B], oldest first: uint8 [B, 4, 84, 84].
 
         Frames from before the current life are zeros.
         """
-        slots = (index[:, None] + self.history) % self.slots
+        slots = (index[:, None] + self.history) % self.num_slots
         # Only what came after the last done is seen: dones 0, 1, 0 of the older three give 0, 0, 1,
         # a product from right to left.
         not_done = ~self.dones[slots[:, :-1]]
@@ -617,7 +618,7 @@ class ReplayBuffer:
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions that begin at slots `index` [B]."""
-        window = (index[:, None] + self.window) % self.slots  # [B, n]; of 10 slots: 8, 9, 0
+        window = (index[:, None] + self.window) % self.num_slots  # [B, n]; of 10 slots: 8, 9, 0
         not_done = (~self.dones[window]).float().cumprod(1)  # dones 0, 1, 0: 1, 0, 0
         # The reward of the first done counts, too: 1, 1, 0.
         in_life = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], dim=1)
@@ -628,7 +629,7 @@ class ReplayBuffer:
             action=self.actions[index],
             n_step_return=n_step_return,
             discount=self.gammas[-1] * not_done[:, -1],
-            next_obs=self.stack((index + self.n_step) % self.slots),
+            next_obs=self.stack((index + self.n_step) % self.num_slots),
         )
 
     def sample(self, batch_size: int, beta: Tensor, generator: Generator) -> tuple[Batch, Tensor]:
@@ -644,8 +645,9 @@ class ReplayBuffer:
         uniform = torch.rand(batch_size, generator=generator, device=device).double()
         strata = (torch.arange(batch_size, device=device) + uniform) / batch_size
         index = torch.searchsorted(cumulative, strata * cumulative[-1], right=True)
-        # Priorities that are nan would lead beyond the buffer, before check_finite() can say so.
-        index = index.clamp(max=self.slots - 1)
+        # Past the last slot only where priorities are nan, until check_finite() says so, or all 0,
+        # as when capture() warms up on an empty buffer.
+        index = index.clamp(max=self.num_slots - 1)
         priorities = self.priorities[index]
         return self.gather(index), (priorities.min() / priorities) ** beta
 
@@ -658,7 +660,7 @@ class ReplayBuffer:
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
         """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set.
 
-        Of a slot that is there twice, with two augmentations, either priority may stay.
+        A slot can be there twice, augmented differently: either priority may stay.
         """
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
@@ -699,15 +701,15 @@ def augment(obs: Tensor, shift: int, intensity: float, generator: Generator) -> 
 
 
 @contextmanager
-def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) -> Iterator[None]:
+def sam_perturbed(parameters: list[Tensor], rho: float) -> Iterator[None]:
     """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
     g is what .grad holds, and the norm is one over all `parameters`. A parameter without gradient
-    stays. `backup` are tensors of the same shapes, which keep w.
+    stays. The block computes the gradient once more; the optimizer's step comes after it.
     """
     with torch.no_grad():
-        torch._foreach_copy_(backup, parameters)
         perturbed = [w for w in parameters if w.grad is not None]
+        before = [w.clone() for w in perturbed]
         norm = nn.utils.get_total_norm([w.grad for w in perturbed])
         scale = rho / (norm + 1e-12)
         for w in perturbed:
@@ -716,7 +718,7 @@ def sam_perturbed(parameters: list[Tensor], backup: list[Tensor], rho: float) ->
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, backup)
+            torch._foreach_copy_(perturbed, before)
 
 
 @torch.no_grad()
@@ -819,7 +821,6 @@ class Agent:
             w.grad = torch.zeros_like(w)
         self.optimizer.step()
         reset_optimizer(self.optimizer)
-        self.sam_backup = [torch.empty_like(w) for w in self.parameters] if args.sam_rho > 0 else []
         self.updates = torch.zeros((), dtype=torch.int64, device=device)  # made so far
 
     @torch.no_grad()
@@ -870,7 +871,7 @@ class Agent:
 
         # Lines 13 to 16: climb to w + rho * g / ||g||, take the gradient there, come back to w.
         if args.sam_rho > 0:
-            with sam_perturbed(self.parameters, self.sam_backup, args.sam_rho):
+            with sam_perturbed(self.parameters, args.sam_rho):
                 if args.sam_noise == "independent":
                     online.sample_noise(generator)
                 self.optimizer.zero_grad()
@@ -917,9 +918,9 @@ class Agent:
 def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
-    The function must not wait for the device, and everything that changes must lie in tensors that
-    stay where they are, and that the caller keeps: a graph keeps no tensor alive. What the returned
-    function returns is overwritten when it is called again.
+    The function must not wait for the device. What it reads and changes must be tensors that stay
+    where they are and that the caller keeps, as a graph keeps none alive. Each call of the returned
+    function overwrites what the call before it returned.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
     all that they change, are put back.
     """
@@ -971,7 +972,7 @@ def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, C
     if args.cuda_graph and args.device == "cuda":
         changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
         update = capture(update, changed, (generator,))
-        act = capture(act, changed, (generator,))
+        act = capture(act, changed)
     return agent, replay, update, act
 
 
@@ -1006,9 +1007,9 @@ def human_normalized_score(env_id: str, mean_return: float) -> float | None:
 def evaluate(network: QNetwork, args: Args, video: list[np.ndarray] | None = None) -> list[float]:
     """Play --eval-episodes full games side by side; returns their returns, not clipped.
 
-    Each environment plays one game: of many environments, the first games to end are the short
-    ones. The network (a run's target network, which acts, too; the paper does not say) plays
-    without noise, with --eval-epsilon random actions. Environment i has the seed
+    Each environment plays one game: the first games to end, of many, would be the short ones. The
+    network plays without noise, with --eval-epsilon random actions. It is a run's target network,
+    which acts in training, too (the paper does not say which one plays). Environment i has the seed
     10,000 * (seed + 1) + i, training the seed itself.
     `video`, where given, takes the first game's frames, uint8 [84, 84].
     """
@@ -1032,7 +1033,7 @@ def evaluate(network: QNetwork, args: Args, video: list[np.ndarray] | None = Non
         frames, rewards, terminated, truncated, info = envs.step(actions, playing)
         playing = info["env_id"]  # in the order of the answers
         returns[playing] += rewards
-        # Some games are played on for a while with no life left: that is no new life.
+        # Some games go on for a while with no life left: 0 lives are no new life.
         lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
         lives[playing] = info["lives"]
         stacks[playing, :-1] = stacks[playing, 1:]
@@ -1609,7 +1610,10 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that the next SIGTERM or Ctrl-C joins: the step can end. One more ends the process."""
+    """A list that takes the next SIGTERM or Ctrl-C, so that the step can end.
+
+    The one after that ends the process at once.
+    """
     caught: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
@@ -1661,7 +1665,7 @@ def train(args: Args, run_dir: Path) -> None:
         counters.resumed_at.append(counters.env_steps)
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
-    # above all of --seed and of the evaluation. EnvPool's have 31 bits: it is below 2,147,483,648.
+    # above any --seed and any evaluation's, and below EnvPool's limit of 31 bits.
     continued = 2_100_000_000 + counters.env_steps % 40_000_000 if counters.env_steps > 0 else 0
     envs = make_envs(args.env_id, 1, args.seed + continued)
     frames, info = envs.reset()
@@ -1690,7 +1694,7 @@ def train(args: Args, run_dir: Path) -> None:
         else:
             action = int(act())  # waits for the device
         frames, rewards, terminated, truncated, info = envs.step(np.array([action], np.int32))
-        # Some games are played on for a while with no life left: that is not yet game over.
+        # Some games go on for a while with no life left: 0 lives are not yet game over.
         lost_life = 0 < info["lives"][0] < lives
         episode_over = terminated[0] or truncated[0]
         episode_return += float(rewards[0])  # not clipped
@@ -1868,7 +1872,7 @@ def run(args: Args) -> None:
                 sys.exit(f"error: {run_dir} holds {kind} run; {advice}")
             if finished and args.resume:
                 refuse_other_flags(args, json.loads(result_path.read_text())["args"], result_path)
-                checkpoint_path.unlink(missing_ok=True)  # of a run killed before it could
+                checkpoint_path.unlink(missing_ok=True)  # left by a run killed after its result
                 print(f"{run_dir}: finished already", file=sys.stderr)
             elif args.mode == "pretrain":
                 pretrain(args, run_dir)

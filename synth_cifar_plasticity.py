@@ -10,7 +10,8 @@ r"""Input and label plasticity on CIFAR-10, in one file: all seeds and settings 
 Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning"
 (NeurIPS 2023), section 3, Figures 2 (left) and 3, appendix A.2.
 
-PLASTIC, the base that it stands on, and a sweep of settings:
+PLASTIC, the base that it stands on, and a sweep of settings (30 seeds take hours; for a first look
+add --num-seeds 2 --num-stages 10 --updates-per-stage 100):
 
     python synth_cifar_plasticity.py --task label
     python synth_cifar_plasticity.py --task label --exp-name base --no-layer-norm --no-crelu \
@@ -21,15 +22,16 @@ PLASTIC, the base that it stands on, and a sweep of settings:
 Read seen_images and stage_labels first, which are the two tasks, then Replicas.update, which is
 SGD with SAM, then train, the loop around it.
 Network is backbone and head, with LayerNorm and CReLU. Replicas holds the networks of all seeds
-and settings, a row each. The other intervention is Replicas.reset_heads. Methods of other papers
-are off by default: ReDo, L2 Init, weight clipping, Hare & Tortoise, and Shrink & Perturb.
+and settings, a row each. The other intervention is Replicas.reset_heads. Off by default: Shrink &
+Perturb (section 4.3), and other papers' ReDo, L2 Init, weight clipping and Hare & Tortoise.
 Two clocks tick: gradient updates, which the loop calls steps, and stages of 500 updates each.
 Resets count stages. A setting is a pair of learning rate and weight decay.
 
 Where it departs from the paper's text or fills it in (README.md and benchmark/RELEASE.md have
 tables):
-- The paper sweeps learning rate and weight decay, and does not say how it chose; the default is one
-  setting, and of several the best by final test accuracy is reported.
+- The paper sweeps learning rate, weight decay, SAM's rho and the reset interval, and does not say
+  how it chose. Here each has one default. Of several learning rates and weight decays the best by
+  final test accuracy is reported: being chosen by the test images, it is a little too high.
 - Momentum is 0.9, and zeroed in the head at a reset; the paper does not say (--momentum).
 - LayerNorm is over channels and pixels of each sample, as released; the paper does not say
   (--layer-norm-kind).
@@ -75,7 +77,8 @@ from tqdm import tqdm
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-# Means of the channels, and the mean of each image's own standard deviations: as in the release.
+# By channel, of pixels from 0 to 1. As in the release, STD is the mean of each image's own standard
+# deviation; over all pixels it would be 0.245, 0.243, 0.261.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -91,7 +94,7 @@ class Args:
     num_seeds: int = 30  # seeds, trained side by side
     first_seed: int = 1  # the seeds are first-seed, first-seed + 1, ...
     exp_name: str = "synth_cifar_plasticity"  # name of this method, part of the run's directory
-    # where run directories are made: <run-dir>/<task>__<exp-name>__<first-seed>-<num-seeds>
+    # where run directories are made: <run-dir>/<task>__<exp-name>__<first seed>-<last seed>
     run_dir: str = "runs"
     data_dir: str = "data"  # holds cifar-10-batches-py, or is it
     download: bool = True  # download CIFAR-10 (170 MB) where it is absent
@@ -130,7 +133,7 @@ class Args:
     redo_tau: float = 0.1  # a unit whose score is at most this is dormant
     l2_init: bool = False  # weight decay pulls towards the initial weights instead of 0
     weight_clip: float = 0.0  # largest weight, as a multiple of the initial bound (0 = off)
-    tortoise_interval: int = 0  # stages between copies of the slow weights (0 = off)
+    tortoise_interval: int = 0  # stages between returns to the slow weights (0 = off)
     tortoise_ema: float = 0.999  # share of the slow weights that an update keeps
 
     # Metrics, logging
@@ -150,7 +153,7 @@ class Args:
             (0, huge, "redo_interval redo_tau weight_clip tortoise_interval"),
             (0, huge, "checkpoint_interval metrics_interval"),
             (tiny, huge, "learning_rate"),
-            (1, 10, "conv_strides"),
+            (1, 3, "conv_strides"),  # three of 3 leave one pixel: 32 -> 10 -> 3 -> 1
             (1, 50_000, "num_stages"),  # of one training image at least
             (1, huge, "num_seeds updates_per_stage batch_size log_interval"),
         ):
@@ -171,11 +174,6 @@ class Args:
             raise ValueError("--shrink-perturb-alpha acts at resets: pass --reset-interval")
         if self.l2_init and not any(self.weight_decay):
             raise ValueError("--l2-init pulls with --weight-decay: pass one above 0")
-        size = 32
-        for stride in self.conv_strides:
-            if size < 3:
-                raise ValueError(f"--conv-strides {self.conv_strides} leave no pixel")
-            size = (size - 3) // stride + 1  # 32, 10, 3, 1 with strides 3, 3, 1
         name = self.exp_name  # part of a directory's name, and printed
         if "/" in name or name in ("", ".", "..") or not name.isprintable():
             raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
@@ -236,7 +234,9 @@ def download(directory: Path) -> None:
     """CIFAR-10 from its home page, checked by SHA-256; `directory` appears when it is whole."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Of several processes that need the images, the first one downloads them.
-    with FileLock(f"{directory}.lock"), TemporaryDirectory(dir=directory.parent) as temporary:
+    # A kill leaves the temporary directory behind, so its name says what it is.
+    download_directory = TemporaryDirectory(prefix="cifar-10-download-", dir=directory.parent)
+    with FileLock(f"{directory}.lock"), download_directory as temporary:
         if directory.exists():
             return
         archive = f"{temporary}/cifar-10-python.tar.gz"
@@ -341,21 +341,24 @@ class CReLU(nn.Module):
 
 
 class Network(nn.Module):
-    """Three convolutions (32, 64, 64 channels), three fully connected layers (512, 128, 10)."""
+    """Three convolutions (32, 64, 64 channels), three fully connected layers (512, 128, 10).
+
+    With strides 3, 3, 1, an image's 32x32 pixels become 10x10, 3x3, 1x1: 64 features for the head.
+    """
 
     def __init__(self, args: Args) -> None:
         super().__init__()
         norm = SampleLayerNorm if args.layer_norm_kind == "sample" else PixelLayerNorm
-        crelu = args.crelu and args.crelu_scope == "all"
+        backbone_crelu = args.crelu and args.crelu_scope == "all"
         layers: list[nn.Module] = []
         in_channels = 3
         for channels, stride in zip((32, 64, 64), args.conv_strides, strict=True):
             layers.append(nn.Conv2d(in_channels, channels, 3, stride))
             if args.layer_norm:
                 layers.append(norm(channels))
-            layers.append(CReLU() if crelu else nn.ReLU())
+            layers.append(CReLU() if backbone_crelu else nn.ReLU())
             # CReLU doubles what the layer gives out, so the next fan-in doubles; the width stays.
-            in_channels = channels * (2 if crelu else 1)
+            in_channels = channels * (2 if backbone_crelu else 1)
         self.backbone = nn.Sequential(*layers, nn.Flatten())
 
         layers = []
@@ -430,9 +433,9 @@ class Replicas:
 
     In shapes: R replicas, G of them in a group that is computed together, P parameters each, S
     seeds, B images. Replica r has setting r // S and the seed seeds[r % S]: of seeds 1, 2, 3,
-    replica 4 has setting 1 and seed 2. `weights` and `momentum`, [R, P], have one row per replica,
-    the head last. What one replica does, no other one feels: one that diverges stays nan, and the
-    others go on.
+    replica 4 has setting 1 and seed 2. `weights` and `momentum`, [R, P], have one row per replica;
+    the head's are the last columns, from head_start on. What one replica does, no other one feels:
+    one that diverges stays nan, and the others go on.
 
     On a GPU all replicas share each kernel. On a CPU, which one small network keeps busy, they take
     turns. update() has no .item(), and changes tensors in place: a CUDA graph can replay it.
@@ -443,7 +446,7 @@ class Replicas:
         self.images, self.labels, self.test_images, self.test_labels = (
             torch.from_numpy(array).to(device) for array in data
         )
-        # Of pixels from 0 to 255.
+        # standardise() takes pixels from 0 to 255.
         self.mean = 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)
         self.std = 255 * torch.tensor(STD, device=device).view(3, 1, 1)
 
@@ -479,7 +482,7 @@ class Replicas:
         self.class_labels = torch.zeros((args.num_seeds, 10), dtype=torch.int64, device=device)
 
     def initial_weights(self, seeds: list[int]) -> Tensor:
-        """Fresh weights drawn from seeds [S], the same for every setting: [R, P]."""
+        """The weights that runs with seeds [S] begin with, the same for every setting: [R, P]."""
         rows = []
         for seed in seeds:  # on the CPU, so that a GPU begins with the same
             torch.manual_seed(seed)
@@ -495,7 +498,7 @@ class Replicas:
         self.class_labels.copy_(torch.from_numpy(np.stack(class_labels)))
 
     def fresh_weights(self, stream: int, count: int) -> Tensor:
-        """Fresh weights, drawn from [seed, stream, count], the same for every setting: [R, P].
+        """Other weights, by [seed, stream, count] instead of the seed: [R, P].
 
         The count is the stage of a reset (RESETS), or the update of a recycling (RECYCLED).
         """
@@ -535,16 +538,17 @@ class Replicas:
         ]
         w, m = self.parameters(self.weights), self.parameters(self.momentum)
         fresh = self.parameters(self.fresh_weights(RECYCLED, step))
+        # Convolutions and fully connected layers, in order: LayerNorm's parameters are vectors.
         layers = [n.removesuffix(".weight") for n, shape in self.shapes.items() if len(shape) > 1]
         hidden = list(zip(by_group[0], layers[:-1], layers[1:], strict=True))
         # From the last layer back: between two dormant units the weight is 0, as on the way out.
         for activation, layer, following in reversed(hidden):
             scores = torch.cat([group_scores[activation] for group_scores in by_group])
-            dormant = scores <= self.args.redo_tau  # [R, units]; a score of nan is not
-            rows, dormant_rows = (*dormant.shape, -1), dormant[:, :, None]
-            w_in, fresh_in = (p[f"{layer}.weight"].view(rows) for p in (w, fresh))
-            w_in.copy_(torch.where(dormant_rows, fresh_in, w_in))
-            m[f"{layer}.weight"].view(rows).masked_fill_(dormant_rows, 0)
+            dormant = scores <= self.args.redo_tau  # [R, units]; False where a score is nan
+            by_unit = (*dormant.shape, -1)  # [R, units, inputs of a unit]
+            w_in, m_in, fresh_in = (p[f"{layer}.weight"].view(by_unit) for p in (w, m, fresh))
+            w_in.copy_(torch.where(dormant[:, :, None], fresh_in, w_in))
+            m_in.masked_fill_(dormant[:, :, None], 0)
             # What the next layer takes in: x+ of all units, then x- of all, each with its pixels.
             copies = 2 if isinstance(self.network.get_submodule(activation), CReLU) else 1
             for p in (w, m):
@@ -647,9 +651,9 @@ class Replicas:
 def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -> Callable:
     """function() as a CUDA graph: the same kernels on the same memory, launched at once.
 
-    The function must not wait for the device, and everything that changes must lie in tensors that
-    stay where they are, and that the caller keeps: a graph keeps no tensor alive. What the returned
-    function returns is overwritten when it is called again.
+    The function must not wait for the device. What it reads and changes must be tensors that stay
+    where they are and that the caller keeps, as a graph keeps none alive. Each call of the returned
+    function overwrites what the call before it returned.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
     all that they change, are put back.
     """
@@ -711,12 +715,12 @@ def accuracy(replicas: Replicas, images: Tensor, labels: Tensor, index: Tensor) 
 
 def evaluate(replicas: Replicas, stage: int) -> dict[str, list[float]]:
     """Accuracy by replica on the stage's images (10,000 at most) and on the test images."""
-    seen = []
+    measured = []
     for seed in replicas.seeds:
-        images = seen_images(seed, stage, len(replicas.images), replicas.args)
+        seen = seen_images(seed, stage, len(replicas.images), replicas.args)
         rng = np.random.default_rng([seed, EVALUATED, stage])
-        seen.append(rng.permutation(images)[:10_000])
-    train_index = torch.from_numpy(np.stack(seen)).to(replicas.device)
+        measured.append(rng.permutation(seen)[:10_000])
+    train_index = torch.from_numpy(np.stack(measured)).to(replicas.device)
     test_index = torch.arange(len(replicas.test_images), device=replicas.device)
     test_index = test_index.expand(len(replicas.seeds), -1)
     return {
@@ -751,6 +755,7 @@ def summarise(
     num_seeds = len(test_accuracy[0]) // len(settings)
     for i, (learning_rate, weight_decay) in enumerate(settings):
         own = slice(i * num_seeds, (i + 1) * num_seeds)
+        # [stages][replicas] -> [seeds, stages]
         train, test = np.array(train_accuracy)[:, own].T, np.array(test_accuracy)[:, own].T
         result: dict = {"learning_rate": learning_rate, "weight_decay": weight_decay}
         for name, values in (("final_accuracy", test[:, -1]), ("mean_accuracy", test.mean(1))):
@@ -858,10 +863,10 @@ def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, fl
 
 
 def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float]]:
-    """Active and dormant units on 512 images of the stage's minibatches, features on 1,024.
+    """Metrics of each replica's fast weights, {name: [R]}; nan for one that has diverged.
 
-    Sharpness and the gradient's norm on 32: {name: [R]}. Of the fast weights; nan for a replica
-    that has diverged.
+    On images of the stage's first minibatches: 512 for active and dormant units, 1,024 for the
+    features, 32 for sharpness and the gradient's norm.
     """
     metrics: dict[str, list[float]] = {}
     network = Network(replicas.args).to(replicas.device)
@@ -904,7 +909,7 @@ class Counters:
     gradient_updates: int = 0
     train_accuracy: list[list[float]] = field(default_factory=list)  # [stages so far][replicas]
     test_accuracy: list[list[float]] = field(default_factory=list)  # the same
-    metrics: list[dict] = field(default_factory=list)  # a stage's, by replica
+    metrics: list[dict] = field(default_factory=list)  # of each measured stage, by replica
     training_seconds: float = 0.0  # of updates, and of drawing their minibatches
     wall_clock_seconds: float = 0.0  # of all, evaluations included
     resumed_at: list[int] = field(default_factory=list)  # updates after which it was continued
@@ -1021,7 +1026,10 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that the next SIGTERM or Ctrl-C joins: the step can end. One more ends the process."""
+    """A list that takes the next SIGTERM or Ctrl-C, so that the step can end.
+
+    The one after that ends the process at once.
+    """
     caught: list[int] = []
 
     def stop(signum: int, frame: object) -> None:
@@ -1045,6 +1053,7 @@ def finish(args: Args, run_dir: Path, counters: Counters, replicas: Replicas) ->
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "task": args.task,
         "first_seed": args.first_seed, "num_seeds": args.num_seeds, "args": asdict(args),
+        # The accuracies and metrics of `best`, by seed, take the place of all replicas' ones.
         **asdict(counters), **best, "sweep": sweep,
         "updates_per_second": counters.gradient_updates / counters.training_seconds,
         "parameters": replicas.weights.shape[1], "device": device_name(args),
@@ -1102,9 +1111,9 @@ def train(args: Args, run_dir: Path) -> None:
         # Begin a stage, or go on in the middle of one
         if position == 0 and due(args.reset_interval, stage):  # never before stage 0
             replicas.reset_heads(stage)
-        if position == 0 and due(args.tortoise_interval, stage):  # the hare returns to the tortoise
-            replicas.weights.copy_(replicas.slow)
-        if position == 0 or step == steps.start:
+        if position == 0 and due(args.tortoise_interval, stage):
+            replicas.weights.copy_(replicas.slow)  # the hare, fast, returns to the tortoise, slow
+        if position == 0 or step == steps.start:  # a checkpoint holds no minibatches
             replicas.start_stage(stage)
 
         # Due after update 1,000, done before 1,001: an evaluation in between sees no fresh units.
@@ -1114,7 +1123,7 @@ def train(args: Args, run_dir: Path) -> None:
         # Learn
         losses = update()
         if log_due or stage_over:
-            losses_by_replica = losses.tolist()  # waits: an evaluation's time is not training's
+            losses_by_replica = losses.tolist()  # waits for the GPU: this is training's time
         counters.training_seconds += time.perf_counter() - step_start
 
         # Log
@@ -1161,8 +1170,8 @@ def train(args: Args, run_dir: Path) -> None:
 
 def run(args: Args) -> None:
     """Begin a run or continue it, alone in its directory; replace one only with --overwrite."""
-    name = f"{args.task}__{args.exp_name}__{args.first_seed}-{args.num_seeds}"
-    run_dir = Path(args.run_dir) / name
+    last_seed = args.first_seed + args.num_seeds - 1
+    run_dir = Path(args.run_dir) / f"{args.task}__{args.exp_name}__{args.first_seed}-{last_seed}"
     result_path, checkpoint_path = run_dir / "result.json", run_dir / "checkpoint.pth"
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -1177,7 +1186,7 @@ def run(args: Args) -> None:
                 # JSON has lists where flags of several values have tuples.
                 saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
                 refuse_other_flags(args, saved, result_path)
-                checkpoint_path.unlink(missing_ok=True)  # of a run killed before it could
+                checkpoint_path.unlink(missing_ok=True)  # left by a run killed after its result
                 print(f"{run_dir}: finished already", file=sys.stderr)
             else:
                 train(args, run_dir)

@@ -58,7 +58,7 @@ def test_everything_stays_where_it_is_through_updates_steps_and_resets(flags):
     fill(replay)
 
     def pointers():
-        tensors = [*agent.tensors().values(), *replay.tensors().values(), *agent.sam_backup]
+        tensors = [*agent.tensors().values(), *replay.tensors().values()]
         return [tensor.data_ptr() for tensor in tensors]
 
     before = pointers()

@@ -79,7 +79,7 @@ def test_replay_against_a_list_of_all_transitions(events, n, capacity, gamma):
             complete = any(ended) or t + n <= len(rewards)
             if complete and first + t >= cursor - capacity:
                 alive = t + n <= len(rewards) - any(ended)
-                expected[(first + t) % replay.slots] = (
+                expected[(first + t) % replay.num_slots] = (
                     stack(frames, t),
                     frames[t + 1] % 6,
                     sum(gamma**k * r for k, r in enumerate(rewards[t : t + n])),
@@ -87,7 +87,7 @@ def test_replay_against_a_list_of_all_transitions(events, n, capacity, gamma):
                     stack(frames, t + n) if alive else None,
                 )
     assert set(replay.priorities.nonzero().flatten().tolist()) == set(expected)
-    assert 0 <= replay.cursor == cursor % replay.slots == replay.cursor_tensor.item()
+    assert 0 <= replay.cursor == cursor % replay.num_slots == replay.cursor_tensor.item()
     np.testing.assert_array_equal(replay.last_obs()[0], stack(life[1], len(life[2])))
     batch = replay.gather(torch.tensor(list(expected), dtype=torch.int64))
     for i, (obs, action, n_step_return, discount, next_obs) in enumerate(expected.values()):
@@ -165,7 +165,7 @@ def test_priorities_that_are_not_finite_lead_to_no_slot_beyond_the_buffer():
     replay = make_full(50)
     replay.priorities[5:9] = math.nan
     index, weights = replay.sample(8, torch.tensor(0.5), seeded())
-    assert index.max() < replay.slots
+    assert index.max() < replay.num_slots
     assert not weights.isfinite().all()
 
 

@@ -35,7 +35,7 @@ def test_an_update_comes_before_its_steps_transition(play, monkeypatch):
 
     def sample(self, batch_size, generator):
         seen.append(int(self.valid.sum()))
-        assert self.slots == 30 + 3 + 3  # of 30 steps in 3 episodes, not of a million
+        assert self.num_slots == 30 + 3 + 3  # of 30 steps in 3 episodes, not of a million
         return original(self, batch_size, generator)
 
     monkeypatch.setattr(dmc.ReplayBuffer, "sample", sample)

@@ -545,7 +545,7 @@ def test_no_replay_is_larger_than_its_flag(case, play, kept_agent):
     """But for what an n-step window, or the stacks of two episodes of ten steps, need."""
     play(case, buffer_size=12)
     _, replay, *_ = kept_agent
-    assert replay.slots == 12 + (2 + 3 if case is CASES["dmc"] else 4)
+    assert replay.num_slots == 12 + (2 + 3 if case is CASES["dmc"] else 4)
 
 
 @only(*PLAYING)
