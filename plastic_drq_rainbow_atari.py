@@ -1152,7 +1152,7 @@ def remove_old_files(run_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWriter:
+def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> SummaryWriter:
     """TensorBoard and, with --track, Weights & Biases; an old run's files go with --overwrite."""
     if args.track:
         import wandb
@@ -1163,7 +1163,7 @@ def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWrite
     if args.overwrite:  # now that nothing more can keep the new run from beginning
         remove_old_files(run_dir)
     # purge_step hides from readers what a killed process logged after its last checkpoint.
-    writer = SummaryWriter(str(run_dir), purge_step=counters.env_steps + 1)
+    writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
     writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
     return writer
@@ -1254,7 +1254,7 @@ def train(args: Args, run_dir: Path) -> None:
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
 
-    writer = start_logging(args, run_dir, counters)
+    writer = start_logging(args, run_dir, counters, counters.env_steps)
     size = f"{sum(w.numel() for w in agent.parameters):,} parameters"
     size += f", {agent.num_updates:,} updates, on {device_name(args)}"
     print(f"{run_dir}: {size}, from step {counters.env_steps}", file=sys.stderr)
@@ -1385,6 +1385,8 @@ def evaluate_saved(args: Args) -> None:
         saved = Args(**flags)
         network = QNetwork(model["num_actions"], saved)
         network.load_state_dict(model["target"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         kind = type(error).__name__
         sys.exit(f"error: {args.evaluate}: not a model that this script saved ({kind})")

@@ -25,12 +25,14 @@ action 2 or 4 times) and gradient updates. Resets count updates: every 100,000, 
 per step are as many steps of the agent.
 
 Where it departs from the paper's text (README.md and benchmark/RELEASE.md have tables):
-- Algorithm 2 bootstraps from an action drawn at s, and squares the policy's loss, with the sign of
-  an ascent: misprints.
+- Algorithm 2 draws the target's action at s, and descends on the square of Eq. 4, which is to be
+  climbed: misprints.
 - Critic, target network, actor and temperature are updated one after the other, as released;
-  Algorithm 2 perturbs all first and computes the target again with the perturbed actor.
+  Algorithm 2 first perturbs critic, actor and temperature, then computes the target again, with the
+  perturbed actor.
 - SAM has one norm for encoder and both Q-functions; Algorithm 2 has one per Q-function.
-- SAM perturbs log alpha, which Adam moves, too; Algorithm 2 perturbs alpha.
+- SAM and Adam move log alpha; Algorithm 2 moves alpha (lines 15 and 19).
+- A reset renews the latent layer, too, as released; Table 6 counts it to the backbone.
 - LayerNorm is in the encoder alone, as the main text has it; appendix A.4 adds the fully connected
   layers (--layer-norm-scope).
 - CReLU is in the MLPs alone, as for Atari; appendix A.4 replaces every ReLU (--crelu-scope).
@@ -126,19 +128,20 @@ class Args:
     checkpoint_interval: Literal["auto"] | int = "auto"
     overwrite: bool = False  # replace a run of the same name, finished or not
 
-    # Environment (Table 6)
+    # Environment (Table 6, action repeat and rendering aside)
     total_timesteps: int = 2_000_000  # environment steps; all other steps here are agent steps
-    # environment steps per agent step (0 = 4 for cheetah-run and reacher-easy, else 2)
+    # environment steps per agent step (0 = as Nikishin et al. have the paper's tasks: 4 for
+    # cheetah-run and reacher-easy, else 2)
     action_repeat: int = 0
     frame_stack: int = 3  # frames per observation
     image_size: int = 64  # height and width of a frame
     grayscale: bool = True  # one channel per frame instead of three
     render_quality: Literal["full", "fast"] = "full"  # fast = no shadows, no multisampling
 
-    # Training (Table 6)
+    # Training (Table 6, learning_starts and aug_shift aside)
     updates_per_step: int = 1  # gradient updates per agent step
     batch_size: int = 512  # transitions per update
-    learning_starts: int = 1_000  # random actions up to this step, which has the first update, too
+    learning_starts: int = 1_000  # steps of random actions; the last one has the first update
     learning_rate: float = 3e-4  # of all four Adams (1e-4 in the authors' release)
     gamma: float = 0.99  # discount factor
     target_ema: float = 0.995  # tau: target <- tau * target + (1 - tau) * critic
@@ -183,7 +186,7 @@ class Args:
             (0, 1, "gamma target_ema"),
             (0, 15, "aug_shift"),
             (0, 1024, "torch_threads"),
-            (0, 200_000, "seed"),  # the suite's have 32 bits, an evaluation's are 10,000 times it
+            (0, 200_000, "seed"),  # evaluations have 10,000 times this; the suite's have 32 bits
             (0, huge, "sam_rho reset_interval checkpoint_interval eval_interval metrics_interval"),
             (tiny, huge, "learning_rate initial_temperature"),
             (1, huge, "action_repeat frame_stack updates_per_step batch_size latent_dim"),
@@ -234,15 +237,15 @@ class DMControl:
     """A task of the DeepMind Control suite from pixels, with reset() and step() as in Gymnasium.
 
     Observations are the newest frame alone, uint8 [channels, size, size]; stacks are left to the
-    caller. Actions are in [-1, 1]; a step repeats one and sums the rewards. `terminated` is a
-    task's own end (its discount is 0), which of the suite lqr alone has. `truncated` is the time
-    limit, which ends the episode, but not the return.
+    caller. Actions are in [-1, 1]; a step repeats one and sums the rewards. `truncated` is the
+    time limit, which ends the episode, but not the return. `terminated` is a task's own end (its
+    discount is 0); of the suite's tasks, only lqr has one.
     """
 
     def __init__(self, args: Args) -> None:
         self.args = args
         self.load(seed=None)
-        # Bounds of some tasks, quadruped's among them, are others than -1 and 1.
+        # Not -1 and 1 in every task: quadruped has other bounds.
         self.low, self.high = self.env.action_spec().minimum, self.env.action_spec().maximum
         self.action_dim = len(self.low)
         self.frame_shape = (1 if args.grayscale else 3, args.image_size, args.image_size)
@@ -502,7 +505,7 @@ class ReplayBuffer:
         self.num_slots = capacity + math.ceil(capacity / episode_steps) + frame_stack
         self.frame_stack = frame_stack
         self.frames = torch.zeros((self.num_slots, *frame_shape), dtype=torch.uint8, device=device)
-        # Ones: to start(), age 0 is an episode without a step.
+        # Ones, for start(): no episode has begun yet.
         self.ages = torch.ones(self.num_slots, dtype=torch.int64, device=device)
         self.actions = torch.zeros((self.num_slots, action_dim), device=device)
         self.rewards = torch.zeros(self.num_slots, device=device)
@@ -516,7 +519,8 @@ class ReplayBuffer:
     def start(self, frame: np.ndarray) -> None:
         """Begin an episode with its first frame, uint8 [channels, H, W].
 
-        It replaces an episode without a step: a run that stopped at the start of one has it.
+        It replaces a first frame that was not acted on: a run that was stopped between two episodes
+        has one, and begins another episode when it is continued.
         """
         self.cursor = int(self.cursor_tensor)  # the tensors may come from a checkpoint
         if self.ages[self.cursor] == 0:
@@ -540,7 +544,8 @@ class ReplayBuffer:
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
         self.ages[self.cursor] = age
         self.valid[self.cursor] = False  # not acted on yet
-        # The new frame has cut the stacks of the next slots: the last of these now goes, too.
+        # Stacks of the slots after the new frame would mix it with old ones (with stacks of three,
+        # two slots). The frames before it have taken the others out; this takes out the last one.
         self.valid[(self.cursor + self.frame_stack - 1) % self.num_slots] = False
 
     def stack(self, index: Tensor) -> Tensor:
@@ -637,13 +642,6 @@ def reset_optimizer(optimizer: torch.optim.Adam) -> None:
             value.zero_()
 
 
-@torch.no_grad()
-def reset_network(network: nn.Module, fresh: nn.Module) -> None:
-    """The weights of a fresh network, in place (section 4.1)."""
-    for w, phi in zip(network.parameters(), fresh.parameters(), strict=True):
-        w.copy_(phi)
-
-
 # --- Update ---------------------------------------------------------------------------------------
 
 
@@ -707,10 +705,7 @@ class Agent:
         Adam makes it in its first step: this takes one with a zero gradient.
         """
         optimizer = torch.optim.Adam(
-            parameters,
-            lr=self.args.learning_rate,
-            fused=True,
-            capturable=parameters[0].is_cuda,
+            parameters, lr=self.args.learning_rate, fused=True, capturable=parameters[0].is_cuda
         )
         for w in parameters:
             w.grad = torch.zeros_like(w)
@@ -744,6 +739,8 @@ class Agent:
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient update: Algorithm 2 from line 11 on. Returns scalars to log."""
         args, generator, critic, actor = self.args, self.generator, self.critic, self.actor
+        # DrQ's shift, which Algorithm 2 leaves out; the jitter of the intensity is Atari's. Shift
+        # and noise are drawn once, for both of SAM's passes.
         images = augment(batch.obs, args.aug_shift, intensity=0.0, generator=generator)
         next_images = augment(batch.next_obs, args.aug_shift, intensity=0.0, generator=generator)
         shape = (2, len(images), self.action_dim)
@@ -753,12 +750,13 @@ class Agent:
         td_target = self.td_target(batch, next_images, next_noise)
 
         # Line 12: encoder and Q-functions.
-        def critic_loss() -> dict[str, Tensor]:
-            return {"td_loss": td_loss(critic(images, batch.action), td_target)}
+        def critic_loss() -> tuple[Tensor, dict]:
+            loss = td_loss(critic(images, batch.action), td_target)
+            return loss, {"td_loss": loss}
 
         losses = self.descend(("encoder", "critic_head"), critic_loss)
 
-        # Line 21: the target network.
+        # Line 21: the target network. Here already, as what follows does not use it.
         soft_update(self.target, critic, args.target_ema)
 
         # Line 13: the actor. Its loss does not reach the encoder.
@@ -766,18 +764,22 @@ class Agent:
             features = critic.backbone(images)
         alpha = self.log_alpha.detach().exp()
 
-        def actor_loss() -> dict[str, Tensor]:
+        def actor_loss() -> tuple[Tensor, dict]:
             action, log_prob = actor.sample(features, noise)
             q_values = critic.head(features, action).min(1).values
             loss = (alpha * log_prob - q_values).mean()  # Eq. 4 with its sign turned: a descent
-            return {"actor_loss": loss, "q_values": q_values.mean(), "entropy": -log_prob.mean()}
+            entropy = -log_prob.mean()
+            return loss, {"actor_loss": loss, "q_values": q_values.mean(), "entropy": entropy}
 
         losses |= self.descend(("actor",), actor_loss)
 
-        # Line 14: the temperature rises when the entropy is below its target, H = -A.
-        def temperature_loss() -> dict[str, Tensor]:
-            surplus = losses["entropy"] + self.action_dim  # above the target
-            return {"temperature_loss": self.log_alpha.exp() * surplus}
+        # Line 14: the temperature rises when the entropy is below its target H. The paper gives no
+        # value; -A is usual, and Nikishin et al.'s.
+        target_entropy = -self.action_dim
+
+        def temperature_loss() -> tuple[Tensor, dict]:
+            loss = self.log_alpha.exp() * (losses["entropy"] - target_entropy)
+            return loss, {"temperature_loss": loss}
 
         losses |= self.descend(("temperature",), temperature_loss)
         with torch.no_grad():
@@ -787,38 +789,37 @@ class Agent:
     def descend(self, names: tuple[str, ...], loss_function: Callable) -> dict[str, Tensor]:
         """One step of the named parameters on a loss: lines 15, 18 and 19 of Algorithm 2.
 
-        loss_function() returns scalars by name, the loss first; those at w are returned, not those
-        at SAM's w + rho * g / ||g||.
+        loss_function() returns the loss, and scalars to log. Those at w are returned, not those at
+        SAM's w + rho * g / ||g||.
         """
         parameters = [w for name in names for w in self.parameters[name]]
         perturbed = [w for name in names if name in self.sam_scope for w in self.parameters[name]]
 
         # The gradient at w.
-        losses = loss_function()
-        loss, *_ = losses.values()
+        loss, scalars = loss_function()
         set_gradient(loss, parameters)
 
         # Line 15: climb to w + rho * g / ||g||. Line 18: the gradient there. Then back to w.
         if perturbed:
             with sam_perturbed(perturbed, self.args.sam_rho):
-                loss, *_ = loss_function().values()
+                loss, _ = loss_function()
                 set_gradient(loss, parameters)
 
         # Line 19: the step from w.
         for name in names:
             self.optimizers[name].step()
-        return {name: value.detach() for name, value in losses.items()}
+        return {name: value.detach() for name, value in scalars.items()}
 
     @torch.no_grad()
     def reset(self) -> None:
-        """All but the encoder and its Adam is fresh, the temperature included.
+        """All but the encoder and its Adam is fresh, the temperature included (section 4.1).
 
-        The target's Q-functions are the same fresh ones.
+        In place: load_state_dict() copies. The target's Q-functions are the same fresh ones.
         """
         head, actor = CriticHead(self.action_dim, self.args), Actor(self.action_dim, self.args)
-        reset_network(self.critic.head, head)
-        reset_network(self.target.head, head)
-        reset_network(self.actor, actor)
+        self.critic.head.load_state_dict(head.state_dict())
+        self.target.head.load_state_dict(head.state_dict())
+        self.actor.load_state_dict(actor.state_dict())
         self.log_alpha.fill_(math.log(self.args.initial_temperature))
         for name in ("critic_head", "actor", "temperature"):
             reset_optimizer(self.optimizers[name])
@@ -901,14 +902,14 @@ def make_agent(
     def sample() -> Batch:  # line 9: a minibatch
         return Batch(*map(to_device, replay.sample(args.batch_size, generators["sampling"])))
 
-    def update() -> dict[str, Tensor]:
+    def eager_update() -> dict[str, Tensor]:
         return agent.update(sample())
 
-    def act() -> Tensor:
+    def eager_act() -> Tensor:
         return agent.act(to_device(replay.last_obs()))
 
     if not (args.cuda_graph and args.device == "cuda"):
-        return agent, replay, update, act
+        return agent, replay, eager_update, eager_act
 
     # Sampling stays outside of the graphs: the replay may lie in the host's memory. The graphs read
     # `batch` and `obs`; their first contents are placeholders, as the buffer is empty.
@@ -1087,23 +1088,23 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
 
 
 def plasticity_metrics(agent: Agent, replay: ReplayBuffer, step: int) -> dict[str, float]:
-    """Active and dormant units of the critic on 512 transitions, sharpness on 32, drawn uniformly.
+    """Metrics of the critic, on 1,024 transitions drawn uniformly (more if its features are wider).
 
-    The gradient's norm is on these 32, too; features are those of 1,024, or of as many as they are
-    wide. Without augmentation, and with the mean as the target's next action.
+    Features of all of them, active and dormant units on the first 512, sharpness and the gradient's
+    norm on the first 32, with the mean as the target's next action. Without augmentation.
     Random numbers are the step's own: measuring must change nothing of what is learned.
     """
     critic, device = agent.critic, agent.generator.device
-    number = max(1024, hidden_features(agent.args))
-    sample = replay.sample(number, Generator(replay.valid.device).manual_seed(step))
-    sample = Batch(*(entry.to(device) for entry in sample))
+    batch_size = max(1024, hidden_features(agent.args))
+    batch = replay.sample(batch_size, Generator(replay.valid.device).manual_seed(step))
+    batch = Batch(*(entry.to(device) for entry in batch))
     # Features: what the first Q-function's last hidden layer gives out.
+    hidden_layers = critic.head.q_functions[0][0]
     with torch.no_grad():
-        latent = critic.head.latent(critic.backbone(to_images(sample.obs)))
-        hidden, _ = critic.head.q_functions[0]
-        metrics = feature_metrics(hidden(torch.cat([latent, sample.action], dim=1)))
+        latent = critic.head.latent(critic.backbone(to_images(batch.obs)))
+        metrics = feature_metrics(hidden_layers(torch.cat([latent, batch.action], dim=1)))
 
-    batch = Batch(*(entry[:512] for entry in sample))
+    batch = Batch(*(entry[:512] for entry in batch))
     images = to_images(batch.obs)
     units = active_units(critic, lambda: critic(images, batch.action))
     metrics |= {f"active_units/{name}": share for name, share in units.items()}
@@ -1324,8 +1325,8 @@ def train(args: Args, run_dir: Path) -> None:
         counters.resumed_at.append(counters.agent_steps)
     counters.git_commits.append(git_commit())
     # The simulation's state is not in a checkpoint: a continued run begins a new episode, with a
-    # seed (32 bits) above all of --seed and of the evaluation.
-    continued = 2_100_000_000 + counters.agent_steps if counters.agent_steps > 0 else 0
+    # seed above any --seed and any evaluation's, and below the suite's limit of 32 bits.
+    continued = (2_100_000_000 + counters.agent_steps) if counters.agent_steps > 0 else 0
     frame, _ = env.reset(seed=args.seed + continued)
     replay.start(frame)
     episode_return, episode_length = 0.0, 0
@@ -1348,14 +1349,14 @@ def train(args: Args, run_dir: Path) -> None:
         step_start = time.perf_counter()
         last = step == args.agent_steps
 
-        # Choose an action: line 4 of Algorithm 2. Launched after update(), act() would wait for all
-        # of it, and the simulation for act().
+        # Choose an action: line 4 of Algorithm 2. Before update(), which a GPU would first finish,
+        # while the simulation waits for the action.
         if step <= args.learning_starts:
             action = (2 * torch.rand(agent.action_dim) - 1).numpy()
         else:
             action = act()[0].cpu().numpy()  # waits for the device
         if not np.isfinite(action).all():
-            check_finite(losses, step)  # MuJoCo cannot simulate a nan: end here
+            check_finite(losses, step)  # ends the run: MuJoCo cannot simulate a nan
 
         # Learn: lines 8 to 21
         if step >= args.learning_starts:
@@ -1393,6 +1394,7 @@ def train(args: Args, run_dir: Path) -> None:
             for name, value in plasticity_metrics(agent, replay, step).items():
                 writer.add_scalar(f"plasticity/{name}", value, step)
         if due(args.eval_interval, step) and not last:
+            check_finite(losses, step)
             writer.add_scalar("eval/mean_return", np.mean(evaluate(agent, args)), step)
 
         # Checkpoint
@@ -1465,6 +1467,8 @@ def evaluate_saved(args: Args) -> None:
         agent = Agent(model["action_dim"], saved, Generator(args.device))
         agent.critic.backbone.load_state_dict(model["backbone"])
         agent.actor.load_state_dict(model["actor"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         kind = type(error).__name__
         sys.exit(f"error: {args.evaluate}: not a model that this script saved ({kind})")

@@ -22,9 +22,9 @@ Reset†, which is a fresh head and an encoder pulled towards fresh weights:
 
 Read Agent.update first, which is Algorithm 1 on a frozen Backbone, then train, the loop around it.
 Agent.reset is Reset†: reset_head for the head, shrink_towards for the encoder. What is not about
-the encoder is as in the Atari script, with fewer metrics; make_backbone, that script's encoder, is
-here for --collect-model alone. For the pretraining, read pretraining_loss, which is that of
-SimTPR's published code (github.com/dojeon-ai/SimTPR), then pretrain, the loop around it.
+the encoder is as in the Atari script, with fewer metrics. For the pretraining, read
+pretraining_loss, which is that of SimTPR's published code (github.com/dojeon-ai/SimTPR), then
+pretrain, the loop around it.
 Two clocks tick in train: steps of the environment (4 frames each) and gradient updates, which
 resets count. In pretrain: updates alone.
 
@@ -55,7 +55,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from itertools import count, islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import BinaryIO, Literal, NamedTuple
 
 # PyTorch's threads wait for each other by spinning: two runs that share the cores would take four
@@ -89,8 +88,7 @@ class Args:
     mode: Literal["finetune", "pretrain"] = "finetune"  # what to do
     env_id: str = "Alien"  # Atari game, as EnvPool names it: MsPacman
     seed: int = 1  # seed of the networks, the exploration, the sampling and the environment
-    # name of this setting, part of the run's directory (auto = the mode)
-    exp_name: Literal["auto"] | str = "auto"
+    exp_name: str = "auto"  # name of this setting, part of the run's directory (auto = the mode)
     run_dir: str = "runs"  # where run directories are made: <run-dir>/<env-id>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = CUDA where there is one
     cuda_graph: bool = True  # update and choice of an action as CUDA graphs (no effect on the CPU)
@@ -108,10 +106,7 @@ class Args:
     # Pretraining (as SimTPR has it, but for the recording)
     video_dir: str | None = None  # the DQN Replay dataset's files of the game (none = record some)
     video_frames: int = 500_000  # frames of each of these files that are used, from its start
-    collect_steps: int = 100_000  # steps to record, one frame of each
-    # who plays what is recorded: a model that plastic_drq_rainbow_atari.py saved, with 1% random
-    # actions (none = random actions alone)
-    collect_model: str | None = None
+    collect_steps: int = 100_000  # steps of random play to record, one frame of each
     pretrain_epochs: float = 10.0  # passes over all sequences; 0.5 = half of them
     pretrain_batch_size: int = 64  # sequences per update
     pretrain_length: int = 11  # stacks of frames per sequence
@@ -145,9 +140,6 @@ class Args:
     layer_norm_scope = "all"  # without a type it is no flag; NoisyStream asks for it
     crelu: bool = False  # concatenated ReLU in the head
     sam_rho: float = 0.0  # radius of the SAM perturbation of all that is trained (0 = off)
-    # noise of SAM's two passes (appendix B.4): independent = drawn for each (Algorithm 1), reused =
-    # one draw for both, none = in the second pass alone
-    sam_noise: Literal["independent", "reused", "none"] = "independent"
     reset_interval: int = 0  # gradient updates between resets of the head (0 = off)
     shrink_perturb_alpha: float = 0.6  # share of the encoder's weights kept at a reset (1 = off)
     # what takes the rest: fresh weights, or those that the run began with
@@ -221,28 +213,22 @@ class Args:
 
     def check_mode(self) -> None:
         """Each mode needs flags of its own; files given to the wrong one are refused."""
-        encoder, video, player = self.pretrained_path, self.video_dir, self.collect_model
+        encoder, video = self.pretrained_path, self.video_dir
         if self.mode == "finetune":
             if (encoder is None) != self.from_scratch:
                 ways = "--pretrained-path FILE (--mode pretrain makes one) or --from-scratch"
                 raise ValueError(f"{ways}: pass one of them")
-            if video is not None or player is not None:
-                raise ValueError("--video-dir and --collect-model are of --mode pretrain")
+            if video is not None:
+                raise ValueError("--video-dir is of --mode pretrain")
         else:
             if encoder is not None or self.from_scratch:
                 raise ValueError("--pretrained-path and --from-scratch are of --mode finetune")
-            if self.track:
-                raise ValueError("--track is of --mode finetune")
-            if video is not None and player is not None:
-                raise ValueError("--video-dir or --collect-model: videos are read, or recorded")
-            frames = self.pretrain_batch_size + self.video_length - 1
-            if video is None and self.collect_steps < frames:
-                raise ValueError(f"--collect-steps: one batch of sequences takes {frames:,} frames")
+            if video is None and self.collect_steps < self.video_length:
+                raise ValueError(f"--collect-steps: one sequence has {self.video_length} frames")
         if self.resume:  # a finished run, which is left alone, needs no file
             return
-        for flag, file in (("--pretrained-path", encoder), ("--collect-model", player)):
-            if file is not None and not Path(file).is_file():
-                raise ValueError(f"{flag} {file}: not a file")
+        if encoder is not None and not Path(encoder).is_file():
+            raise ValueError(f"--pretrained-path {encoder}: not a file")
         if video is not None and not Path(video).is_dir():
             raise ValueError(f"--video-dir {video}: not a directory")
 
@@ -272,19 +258,6 @@ def make_envs(env_id: str, num_envs: int, seed: int):
 
 
 # --- Networks -------------------------------------------------------------------------------------
-
-
-class PixelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel: [B, C, H, W] -> [B, C, H, W].
-
-    Section 4.1 puts it after each convolution; it does not say over which axes.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class CReLU(nn.Module):
@@ -375,48 +348,16 @@ class DuelingHead(nn.Module):
         return (value + advantage - advantage.mean(1, keepdim=True)).log_softmax(-1)
 
 
-def make_backbone(args: Args) -> nn.Sequential:
-    """Images [B, 4, 84, 84] -> features [B, 3136], or [B, 6272] with CReLU in scope `all`."""
-    crelu = args.crelu and args.crelu_scope == "all"
-    layers: list[nn.Module] = []
-    in_channels = FRAME_STACK
-    for channels, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-        layers.append(nn.Conv2d(in_channels, channels, kernel, stride))
-        if args.layer_norm:
-            layers.append(PixelLayerNorm(channels))
-        layers.append(CReLU() if crelu else nn.ReLU())
-        in_channels = channels * (2 if crelu else 1)
-    return nn.Sequential(*layers, nn.Flatten())
-
-
-class ResidualConv(nn.Conv2d):
+def residual_conv(*sizes: int, scale: float = 12**-0.25, **options: int) -> nn.Conv2d:
     """Convolution of a residual block: weights so small that the blocks' sum stays small.
 
-    Normal with standard deviation scale * sqrt(2 / (outputs * kernel area)) (Zhang et al., 2019).
+    Normal with standard deviation scale * sqrt(2 / (outputs * kernel area)) (Zhang et al., 2019);
+    the scale is SimTPR's.
     """
-
-    scale = 12**-0.25  # SimTPR's; no argument, as Conv2d's __init__ draws the weights already
-
-    def reset_parameters(self) -> None:
-        """Fresh parameters, in place."""
-        super().reset_parameters()  # the bias, as PyTorch has it
-        fan_out = len(self.weight) * self.weight[0, 0].numel()
-        nn.init.normal_(self.weight, std=self.scale * math.sqrt(2 / fan_out))
-
-
-class DownConv(ResidualConv):
-    """The shortcut of a strided block."""
-
-    scale = 1.0
-
-
-class ZeroBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose scale starts at 0, so that at first a block is its shortcut alone."""
-
-    def reset_parameters(self) -> None:
-        """Fresh parameters, in place."""
-        super().reset_parameters()
-        nn.init.zeros_(self.weight)
+    conv = nn.Conv2d(*sizes, **options)  # the bias as PyTorch has it
+    fan_out = len(conv.weight) * conv.weight[0, 0].numel()
+    nn.init.normal_(conv.weight, std=scale * math.sqrt(2 / fan_out))
+    return conv
 
 
 class InvertedResidual(nn.Module):
@@ -431,17 +372,18 @@ class InvertedResidual(nn.Module):
         hidden = 2 * in_channels
         self.down = nn.Identity()
         if stride > 1:
-            self.down = DownConv(in_channels, out_channels, stride, stride)
+            self.down = residual_conv(in_channels, out_channels, stride, stride, scale=1.0)
         self.layers = nn.Sequential(
-            ResidualConv(in_channels, hidden, 1),
+            residual_conv(in_channels, hidden, 1),
             nn.BatchNorm2d(hidden, momentum=0.01),
             nn.ReLU(),
-            ResidualConv(hidden, hidden, 3, stride, padding=1, groups=hidden),
+            residual_conv(hidden, hidden, 3, stride, padding=1, groups=hidden),
             nn.BatchNorm2d(hidden, momentum=0.01),
             nn.ReLU(),
-            ResidualConv(hidden, out_channels, 1),
-            ZeroBatchNorm(out_channels, momentum=0.01),
+            residual_conv(hidden, out_channels, 1),
+            nn.BatchNorm2d(out_channels, momentum=0.01),
         )
+        nn.init.zeros_(self.layers[-1].weight)  # so that at first a block is its shortcut alone
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(x) + self.layers(x)
@@ -860,20 +802,16 @@ class Agent:
         td_target = self.td_target(batch, next_inputs)
 
         # Line 12: the gradient at w.
-        if args.sam_rho > 0 and args.sam_noise == "none":
-            online.head.eval()  # no noise in this pass
         self.optimizer.zero_grad()
         log_probs = online(inputs)
         td_errors = cross_entropy(log_probs, batch.action, td_target)  # [B]
         loss = (weights * td_errors).mean()
         loss.backward()
-        online.head.train()  # noise again
 
         # Lines 13 to 16: climb to w + rho * g / ||g||, take the gradient there, come back to w.
         if args.sam_rho > 0:
             with sam_perturbed(self.parameters, args.sam_rho):
-                if args.sam_noise == "independent":
-                    online.sample_noise(generator)
+                online.sample_noise(generator)
                 self.optimizer.zero_grad()
                 sam_td_errors = cross_entropy(online(inputs), batch.action, td_target)
                 (weights * sam_td_errors).mean().backward()
@@ -1287,14 +1225,11 @@ class SimTPR(nn.Module):
 
 
 def prediction_loss(predictions: Tensor, projections: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos(prediction, projection): [N, T, D] x 2 -> scalar.
-
-    The projections take no gradient.
-    """
+    """Mean of 2 - 2 cos(prediction, projection), both [N, T, D]; projections take no gradient."""
     return (2 - 2 * F.cosine_similarity(predictions, projections.detach(), dim=-1)).mean()
 
 
-def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) -> Tensor:
+def barlow_loss(one: Tensor, other: Tensor) -> Tensor:
     """Barlow Twins between two views' projections (Zbontar et al., 2021): [N, T, D] x 2 -> scalar.
 
     The projections are normalised first. Each of the D features should agree between the views
@@ -1308,7 +1243,7 @@ def barlow_loss(one: Tensor, other: Tensor, off_diagonal_weight: float = 0.005) 
     correlation = standardise(one).T @ standardise(other) / one[..., 0].numel()  # [D, D]
     diagonal = correlation.diagonal()
     off_diagonal = correlation.square().sum() - diagonal.square().sum()
-    return (diagonal - 1).square().sum() + off_diagonal_weight * off_diagonal
+    return (diagonal - 1).square().sum() + 0.005 * off_diagonal
 
 
 def keep_stacks(terminals: Tensor) -> Tensor:
@@ -1376,8 +1311,6 @@ def make_simtpr(args: Args) -> tuple[SimTPR, torch.optim.AdamW, Generator, dict[
 
 # --- Videos ---------------------------------------------------------------------------------------
 
-RECORDED = ("observation_1_0.gz", "terminal_1_0.gz")  # what record() writes
-
 
 class Video(NamedTuple):
     """In memory: 7 kB a frame."""
@@ -1397,10 +1330,7 @@ def video_files(directory: Path) -> list[tuple[Path, Path]]:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array of bytes that numpy.save wrote into a gzip file.
-
-    What is wrong with the file ends the script with one line.
-    """
+    """The array of bytes that numpy.save wrote into a gzip file; a bad file ends the script."""
     try:
         with gzip.open(path) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
@@ -1454,89 +1384,40 @@ def cut_sequences(videos: list[Video], starts: np.ndarray, args: Args) -> tuple[
     return frames.to(args.device), terminals.to(args.device)
 
 
-def load_player(path: str, env_id: str) -> QNetwork:
-    """The network of a model that plastic_drq_rainbow_atari.py saved: without noise, on the CPU."""
-    try:
-        model = torch.load(path, map_location="cpu", weights_only=True)
-        args = SimpleNamespace(**model["args"])
-        player = QNetwork(make_backbone(args), model["num_actions"], args)
-        player.load_state_dict(model["target"])
-        game = args.env_id
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
-        kind = type(error).__name__
-        sys.exit(f"error: {path}: not a model that plastic_drq_rainbow_atari.py saved ({kind})")
-    if game != env_id:
-        sys.exit(f"error: {path}: plays {game}, not {env_id}")
-    return player.eval().requires_grad_(False)
-
-
-def record(run_dir: Path, player: QNetwork | None, args: Args) -> None:
-    """Play --collect-steps frames and write them in the DQN Replay dataset's format.
-
-    At random, or as `player` does with 1% random actions, its stacks and lives as in evaluate().
-    """
+def record(args: Args) -> Video:
+    """--collect-steps frames of random play; the same flags give the same frames."""
     envs, rng = make_envs(args.env_id, 1, args.seed), np.random.default_rng(args.seed)
-    observations, terminals = (run_dir / name for name in RECORDED)
-    ends = np.zeros(args.collect_steps, np.uint8)
-
-    def play(file: BinaryIO) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (args.collect_steps, 84, 84)}
-        frames, info = envs.reset()
-        stack, lives = np.zeros((1, FRAME_STACK, 84, 84), np.uint8), info["lives"][0]
-        # With mtime=0, the same flags give the same bytes.
-        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1, mtime=0) as pixels:
-            np.lib.format.write_array_header_1_0(pixels, header)
-            for i in tqdm(range(args.collect_steps), "recording", unit="frame", disable=None):
-                stack = np.concatenate([stack[:, 1:], frames], axis=1)
-                action = int(rng.integers(envs.action_space.n))
-                if player is not None and rng.random() >= 0.01:
-                    images = to_images(torch.from_numpy(stack))
-                    action = int(player.q_values(player(images)).argmax())
-                pixels.write(frames.tobytes())
-                frames, _, terminated, truncated, info = envs.step(np.array([action], np.int32))
-                episode_over = terminated[0] or truncated[0]
-                ends[i] = episode_over
-                if episode_over:
-                    frames, info = envs.reset()
-                if episode_over or 0 < info["lives"][0] < lives:
-                    stack[:] = 0
-                lives = info["lives"][0]
-        terminals.unlink(missing_ok=True)  # an older recording's: halves of two never meet
-        if args.overwrite:  # the old run's checkpoint would go on with the new recording
-            (run_dir / "checkpoint.pth").unlink(missing_ok=True)
-
-    def save_ends(file: BinaryIO) -> None:
-        with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as compressed:
-            np.save(compressed, ends)
-
-    write_atomically(observations, play)
-    write_atomically(terminals, save_ends)
+    video = Video(
+        frames=np.zeros((args.collect_steps, 84, 84), np.uint8),
+        terminals=np.zeros(args.collect_steps, bool),
+    )
+    frames, _ = envs.reset()
+    for i in tqdm(range(args.collect_steps), "recording", unit="frame", disable=None):
+        video.frames[i] = frames[0, 0]
+        action = int(rng.integers(envs.action_space.n))
+        frames, _, terminated, truncated, _ = envs.step(np.array([action], np.int32))
+        video.terminals[i] = terminated[0] or truncated[0]
+        if video.terminals[i]:
+            frames, _ = envs.reset()  # EnvPool's next step would ignore its action and reset
+    return video
 
 
-def prepare_videos(args: Args, run_dir: Path, counters: Counters) -> list[Video]:
-    """The videos to learn from: those of --video-dir, or a recorded one.
+def load_videos(args: Args, counters: Counters) -> list[Video]:
+    """The videos to learn from: those of --video-dir, or one of random play.
 
-    A recording is used where a checkpoint vouches for it, and else made anew: the same flags make
-    the same bytes. A continued run must find as many frames as it had before.
+    A continued run records its own anew; of --video-dir it must find as many frames as before.
     """
-    if args.video_dir is not None:
-        directory, num_frames = Path(args.video_dir), args.video_frames
-        files = video_files(directory)
+    if args.video_dir is None:
+        videos = [record(args)]
     else:
-        directory, num_frames = run_dir, args.collect_steps
-        files = [(run_dir / RECORDED[0], run_dir / RECORDED[1])]
-        if counters.frames == 0 or not all(path.exists() for path in files[0]):
-            model = args.collect_model
-            record(run_dir, None if model is None else load_player(model, args.env_id), args)
-    videos, before = read_videos(files, num_frames), counters.frames
-    lengths = [len(video.frames) for video in videos]
+        videos = read_videos(video_files(Path(args.video_dir)), args.video_frames)
+    lengths, before = [len(video.frames) for video in videos], counters.frames
     counters.frames = sum(lengths)
     if before not in (0, counters.frames):
-        sys.exit(f"error: {directory}: videos of {counters.frames:,} frames, not {before:,}")
+        problem = f"videos of {counters.frames:,} frames, not {before:,}"
+        sys.exit(f"error: {args.video_dir}: {problem}")
     if max(lengths, default=0) < args.video_length:
-        sys.exit(f"error: {directory}: no video of {args.video_length} frames")
+        sys.exit(f"error: {args.video_dir}: no video of {args.video_length} frames")
     return videos
 
 
@@ -1570,7 +1451,7 @@ def remove_old_files(run_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWriter:
+def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> SummaryWriter:
     """TensorBoard and, with --track, Weights & Biases; an old run's files go with --overwrite."""
     if args.track:
         import wandb
@@ -1581,7 +1462,7 @@ def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWrite
     if args.overwrite:  # now that nothing more can keep the new run from beginning
         remove_old_files(run_dir)
     # purge_step hides from readers what a killed process logged after its last checkpoint.
-    writer = SummaryWriter(str(run_dir), purge_step=counters.env_steps + 1)
+    writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
     writer.add_text("args", f"|flag|value|\n|-|-|\n{table}")
     return writer
@@ -1672,7 +1553,7 @@ def train(args: Args, run_dir: Path) -> None:
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
 
-    writer = start_logging(args, run_dir, counters)
+    writer = start_logging(args, run_dir, counters, counters.env_steps)
     size = f"{sum(w.numel() for w in agent.parameters):,} parameters"
     size += f", {agent.num_updates:,} updates, on {device_name(args)}"
     print(f"{run_dir}: {size}, from step {counters.env_steps}", file=sys.stderr)
@@ -1795,20 +1676,17 @@ def pretrain(args: Args, run_dir: Path) -> None:
         counters.resumed_at.append(counters.gradient_updates)
     counters.git_commits.append(git_commit())
     start_time = time.perf_counter() - counters.wall_clock_seconds
-    videos = prepare_videos(args, run_dir, counters)
+    videos = load_videos(args, counters)
     starts, batch_size = every_start(videos, args.video_length), args.pretrain_batch_size
     total = max(round(args.pretrain_epochs * math.ceil(len(starts) / batch_size)), 1)
 
-    if args.overwrite:  # now that nothing more can keep the new run from beginning
-        remove_old_files(run_dir)
-    # purge_step hides from readers what a killed process logged after its last checkpoint.
-    writer = SummaryWriter(str(run_dir), purge_step=counters.gradient_updates + 1)
+    first = counters.gradient_updates
+    writer = start_logging(args, run_dir, counters, first)
     size = f"encoder of {sum(w.numel() for w in network.backbone.parameters()):,} parameters"
     size += f", {counters.frames:,} frames of video, {total:,} updates, on {device_name(args)}"
-    print(f"{run_dir}: {size}, from update {counters.gradient_updates}", file=sys.stderr)
+    print(f"{run_dir}: {size}, from update {first}", file=sys.stderr)
     checkpoint_time = time.perf_counter()
     stop_signals = catch_stop_signals()
-    first = counters.gradient_updates
     batches = islice(draw_starts(starts, batch_size, args.seed), first, total)
     progress = tqdm(batches, args.env_id, total, initial=first, disable=None)
     for update, batch_starts in enumerate(progress, first + 1):
@@ -1855,17 +1733,13 @@ def run(args: Args) -> None:
     """Begin a run or continue it, alone in its directory; replace one only with --overwrite."""
     run_dir = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     result_path, checkpoint_path = run_dir / "result.json", run_dir / "checkpoint.pth"
-    model_path = run_dir / "model.pth"
-    for path in (args.pretrained_path, args.collect_model):
-        if path is not None and Path(path).resolve() == model_path.resolve():
-            sys.exit(f"error: {path}: this run would replace it; change --exp-name")
+    encoder, model_path = args.pretrained_path, run_dir / "model.pth"
+    if encoder is not None and Path(encoder).resolve() == model_path.resolve():
+        sys.exit(f"error: {encoder}: this run would replace it; change --exp-name")
     run_dir.mkdir(parents=True, exist_ok=True)
-    recording = args.mode == "pretrain" and args.video_dir is None
     try:
         with FileLock(run_dir / ".lock", blocking=False):
             finished, unfinished = result_path.exists(), checkpoint_path.exists()
-            if recording:  # a run's first work
-                unfinished = unfinished or (run_dir / RECORDED[0]).exists()
             if (finished or unfinished) and not (args.resume or args.overwrite):
                 kind = "a finished" if finished else "an unfinished"
                 advice = "pass --resume or --overwrite, or change --exp-name or --seed"

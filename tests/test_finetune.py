@@ -5,12 +5,11 @@ import gzip
 import math
 from itertools import islice
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from runs import Recording, names
+from runs import Recording
 from test_atari_update import slow_project
 
 import plastic_drq_rainbow_atari as atari
@@ -139,8 +138,7 @@ def test_initial_weights_and_a_block_that_starts_as_what_is_beside_it():
 
 # --- Freezing, update, Reset† ---------------------------------------------------------------------
 
-SAM = {"off": {}} | {noise: dict(sam_rho=0.1, sam_noise=noise) for noise in ("reused", "none")}
-SAM["independent"] = dict(sam_rho=0.1)
+SAM = {"off": {}, "on": dict(sam_rho=0.1)}
 STAY = "running_mean", "running_var", "num_batches_tracked", "support"
 
 
@@ -151,7 +149,7 @@ def test_an_update_is_the_atari_scripts_and_a_frozen_encoder_never_changes(sam, 
     flags = SAM[sam] | dict(freeze_backbone=freeze, learning_rate=1e-3)
     (agent, replay), (other, other_replay) = make_agent(**flags), make_agent(**flags)
     first = copy.deepcopy(agent.online.state_dict())
-    other.sam_parameters = other.parameters
+    other.sam_parameters, other.args.sam_noise = other.parameters, "independent"
     for _ in range(3):
         losses = agent.update(replay)
         expected = atari.Agent.update(other, other_replay)
@@ -578,81 +576,17 @@ def test_each_epoch_has_every_sequence_once_in_an_order_of_its_own():
 
 # --- Recording ------------------------------------------------------------------------------------
 
-PLAYERS = [{}, dict(crelu=False, layer_norm=False), dict(layer_norm_scope="all", crelu_scope="all")]
 
-
-@pytest.mark.parametrize("flags", PLAYERS, ids=str)
-def test_a_player_plays_its_game_as_the_atari_scripts_network(tmp_path, flags):
-    args = atari.Args(env_id="Pong", device="cpu", hidden_dim=8, n_atoms=5, **flags)
-    path = str(tmp_path / "model.pth")
-    network = atari.QNetwork(6, args)
-    network.sample_noise(generator())
-    model = {"args": atari.asdict(args), "num_actions": 6, "target": network.state_dict()}
-    torch.save(model, path)
-    images = torch.rand(5, 4, 84, 84, generator=generator())
-    assert torch.equal(ft.load_player(path, "Pong")(images), network.eval()(images))  # no noise
-    with pytest.raises(SystemExit, match=f"^error: {path}: plays Pong, not Alien"):
-        ft.load_player(path, "Alien")
-
-
-@pytest.fixture
-def args(monkeypatch):
-    """Of a recording of a game in which each 10th step is the last, and each 6th loses a life."""
-    monkeypatch.setattr(ft, "make_envs", lambda *_: Recording(lambda: None, 0))
-    return pretrain_args(collect_steps=30, pretrain_batch_size=2, pretrain_length=3)
-
-
-def recorded(directory):
-    return [(directory / name).read_bytes() for name in ft.RECORDED]
-
-
-def test_what_is_recorded_is_what_was_played(tmp_path, monkeypatch, args):
-    """And the same once more, at another time, gives the same bytes."""
-    clock = iter(range(10**9, 2 * 10**9))
-    monkeypatch.setattr(gzip.time, "time", lambda: next(clock))
-    contents = []
-    for _ in range(2):
-        player = MagicMock(q_values=lambda log_probs: torch.zeros(1, 3))
-        ft.record(tmp_path, player, args)
-        contents.append(recorded(tmp_path))
-    assert contents[0] == contents[1]
-    assert names(tmp_path) == set(ft.RECORDED)
-    (video,) = ft.read_videos(ft.video_files(tmp_path), 100)
-    played = np.concatenate([Recording.frames[:10, 0, 0]] * 3)
-    assert np.array_equal(video.frames, played)
-    assert np.flatnonzero(video.terminals).tolist() == [9, 19, 29]
-    assert player.call_count == 30
-    for i, call in enumerate(player.call_args_list):
-        life = i - i % 10 + (6 if i % 10 >= 6 else 0)  # its first frame; before it, all is black
-        stack = [played[n] * (n >= life) for n in range(i - 3, i + 1)]
-        assert np.array_equal((call.args[0][0] * 255).round(), stack), i
-    with gzip.open(tmp_path / ft.RECORDED[0]) as file:  # as other programs read it
-        assert np.load(file).shape == (30, 84, 84)
-
-
-def test_a_player_plays_its_best_action_but_for_one_in_a_hundred(tmp_path, monkeypatch):
-    """Of actions 0, 1, 2 it prefers 1; without a player each is as frequent as the others."""
+def test_what_is_recorded_is_what_was_played(monkeypatch):
+    """Of a game in which each 10th step is the last; its three actions are equally frequent."""
     actions, step = [], Recording.step
     spy = lambda env, action: actions.append(int(action[0])) or step(env, action)  # noqa: E731
     monkeypatch.setattr(Recording, "step", spy)
     monkeypatch.setattr(ft, "make_envs", lambda *_: Recording(lambda: None, 0))
-    player = MagicMock()
-    player.q_values.return_value = torch.tensor([[0.0, 2.0, 1.0]])
     args = pretrain_args(collect_steps=3_000)
-    for who, expected, tolerance in ((player, [10, 2980, 10], 25), (None, [1000] * 3, 150)):
-        actions.clear()
-        ft.record(tmp_path, who, args)
-        counts = np.bincount(actions, minlength=3)
-        assert np.abs(counts - expected).max() < tolerance and (counts > 0).all()
-
-
-def test_halves_of_two_recordings_never_meet(tmp_path, monkeypatch, args):
-    """A recording that is cut off before its second half leaves none, or the one before."""
-    ft.record(tmp_path, None, args)
-    before = recorded(tmp_path)
-    for owner, name, kept in ((Recording, "step", True), (ft.np, "save", False)):
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(owner, name, lambda *_: 1 / 0)
-            ft.record(tmp_path, None, args)
-        assert (tmp_path / ft.RECORDED[1]).exists() == kept
-        assert not kept or recorded(tmp_path) == before
+    video, again = ft.record(args), ft.record(args)
+    played = np.concatenate([Recording.frames[:10, 0, 0]] * 300)
+    assert np.array_equal(video.frames, played)
+    assert np.flatnonzero(video.terminals).tolist() == list(range(9, 3_000, 10))
+    assert all(map(np.array_equal, video, again)) and actions[:3_000] == actions[3_000:]
+    assert np.abs(np.bincount(actions[:3_000], minlength=3) - 1_000).max() < 150

@@ -2,12 +2,11 @@
 
 import gzip
 import math
-import signal
 
 import numpy as np
 import pytest
 import torch
-from runs import CASES, contents, flags_of, ft, names, read_result, scalars, start, stop, wait_for
+from runs import CASES, contents, ft, read_result, scalars, stop
 
 TUNE, PRETRAIN = CASES["finetune"], CASES["pretrain"]
 RECORD = dict(video_dir=None, collect_steps=17)
@@ -15,8 +14,8 @@ RECORD = dict(video_dir=None, collect_steps=17)
 
 def write_video(directory, length):
     directory.mkdir(exist_ok=True)
-    for name, shape in zip(ft.RECORDED, ((length, 84, 84), (length,)), strict=True):
-        with gzip.open(directory / name, "wb") as file:
+    for name, shape in (("observation", (length, 84, 84)), ("terminal", (length,))):
+        with gzip.open(directory / f"{name}_1_0.gz", "wb") as file:
             np.save(file, np.zeros(shape, np.uint8))
 
 
@@ -104,64 +103,28 @@ def test_files_and_recordings_have_limits_of_their_own(play, tmp_path):
         assert read_result(tmp_path / PRETRAIN.dir)["frames"] == frames
 
 
-def test_recorded_videos_survive_overwrite(play, tmp_path):
-    run_dir = tmp_path / PRETRAIN.dir
-    play(PRETRAIN, **RECORD)
-    before = contents(run_dir)
-    play(PRETRAIN, overwrite=True, barlow_weight=0.1, video_dir=str(run_dir))
-    after = contents(run_dir)
-    assert [after[name] == before[name] for name in (*ft.RECORDED, "model.pth")] == [1, 1, 0]
-
-
-def test_a_recording_is_used_where_a_checkpoint_vouches_for_it(play, tmp_path, monkeypatch):
-    """Else it may be of other flags: a run that was killed had no checkpoint yet."""
-    run_dir = tmp_path / PRETRAIN.dir
-    write_video(run_dir, 17)
-    (run_dir / ".lock").touch()
-    before = contents(run_dir)
-    with pytest.raises(SystemExit, match="holds an unfinished run; pass --resume or --overwrite"):
-        play(PRETRAIN, **RECORD)
-    assert contents(run_dir) == before
+def test_a_continued_pretraining_records_the_same_frames_again(play, tmp_path, monkeypatch):
+    videos, record = [], ft.record
+    monkeypatch.setattr(ft, "record", lambda args: videos.append(record(args)) or videos[-1])
+    play(PRETRAIN, exp_name="whole", **RECORD)
     with pytest.raises(SystemExit):
-        play(PRETRAIN, {1: stop}, resume=True, **RECORD)
-    anew = contents(run_dir)
-    assert all(anew[name] != before[name] for name in ft.RECORDED)
-    monkeypatch.setattr(ft, "record", lambda *_: 1 / 0)
-    play(PRETRAIN, resume=True, **RECORD)
-    assert all(contents(run_dir)[name] == anew[name] for name in ft.RECORDED)
+        play(PRETRAIN, {5: stop}, exp_name="broken", **RECORD)
+    play(PRETRAIN, exp_name="broken", resume=True, **RECORD)
+    assert len(videos) == 3 and videos[0].frames.any()
+    assert all(map(np.array_equal, videos[0], videos[2]))
+    whole, broken = (
+        torch.load(tmp_path / f"Alien__{name}__1/model.pth", weights_only=True)["model_state_dict"]
+        for name in ("whole", "broken")
+    )
+    assert all(torch.equal(w, broken[name]) for name, w in whole.items())
 
 
-def test_no_checkpoint_vouches_for_the_recording_of_another_run(play, tmp_path, monkeypatch):
-    """Not even where a run with --overwrite ends between its recording and its first update."""
-    with pytest.raises(SystemExit):
-        play(PRETRAIN, {5: stop}, **RECORD)
-    monkeypatch.setattr(ft, "read_videos", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        play(PRETRAIN, overwrite=True, **RECORD)
-    assert names(tmp_path / PRETRAIN.dir) >= {*ft.RECORDED}
-    assert "checkpoint.pth" not in names(tmp_path / PRETRAIN.dir)
-
-
-def test_an_overwrite_that_cannot_begin_loses_nothing(play, tmp_path, data):
-    """With videos that are too short, none, or an encoder as the player."""
+def test_an_overwrite_that_cannot_begin_loses_nothing(play, tmp_path):
+    """With videos that are too short, or none."""
     play(PRETRAIN)
     before = contents(tmp_path / PRETRAIN.dir)
     write_video(tmp_path / "short", 5)
-    player = dict(collect_model=str(data / "encoder.pth"))
-    videos = [dict(video_dir=str(directory)) for directory in (tmp_path / "short", tmp_path)]
-    for flags in (*videos, RECORD | player):
+    for directory in (tmp_path / "short", tmp_path):
         with pytest.raises(SystemExit, match=r"^error: [^\n]*$"):
-            play(PRETRAIN, overwrite=True, **flags)
+            play(PRETRAIN, overwrite=True, video_dir=str(directory))
         assert contents(tmp_path / PRETRAIN.dir) == before
-
-
-def test_a_recording_that_a_signal_ends_leaves_nothing_that_counts(tmp_path, data):
-    run_dir, half = tmp_path / PRETRAIN.dir, f"{ft.RECORDED[0]}.tmp"
-    flags = flags_of(PRETRAIN, data, run_dir=".", collect_steps=1_000_000)
-    del flags["video_dir"]
-    process = start(PRETRAIN, flags, tmp_path)
-    wait_for((run_dir / half).exists, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGTERM
-    assert names(run_dir) == {".lock", half}

@@ -182,7 +182,6 @@ def test_a_foreign_file_gets_one_line_runs_no_code_and_stays(case, play, run_dir
     loaders = {"a checkpoint of this script": lambda: play(case, resume=True)}
     if case is CASES["pretrain"]:
         loaders["an encoder in SimTPR's layout"] = lambda: ft.load_pretrained(str(path))
-        loaders["a model that plastic_drq"] = lambda: ft.load_player(str(path), "Alien")
     elif case is not CASES["synth"]:
         args = case.script.Args(evaluate=str(path))
         loaders["a model that this script saved"] = lambda: case.script.evaluate_saved(args)
@@ -399,17 +398,15 @@ BAD_FLAGS = {
     """,
     "finetune": """
         --env-id Alein => Alien
-        --video-dir . => --mode pretrain | --collect-model x => --mode pretrain
+        --video-dir . => --mode pretrain
         --pretrained-path x => one of them | --no-from-scratch => --from-scratch
         --no-from-scratch --pretrained-path missing.pth => missing.pth | --v-min 10
         --learning-starts 19 => --n-step | --total-timesteps 2000 | --evaluate no.pth => no.pth
     """,
     "pretrain": """
-        --track => --track is of --mode finetune | --from-scratch => --mode finetune
-        --pretrained-path x => --mode finetune
-        --collect-model x => x: not a file | --video-dir missing => missing: not a directory
-        --video-dir . --collect-model x => --video-dir
-        --collect-steps 60 | --pretrain-length 2 | --pretrain-batch-size 1 | --pretrain-epochs 0
+        --from-scratch => --mode finetune | --pretrained-path x => --mode finetune
+        --video-dir missing => missing: not a directory
+        --collect-steps 13 | --pretrain-length 2 | --pretrain-batch-size 1 | --pretrain-epochs 0
     """,
 }
 MODES = {"finetune": ["--from-scratch"], "pretrain": ["--mode", "pretrain"]}
