@@ -10,6 +10,7 @@ columns of with_curves; `late` is {(task, exp-name): accuracy by seed} of the sy
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -32,10 +33,11 @@ AGGREGATES = {  # by their key in the paper's tables
     "iqm": "IQM", "median": "median over tasks", "mean": "mean", "og": "optimality gap",
     "seed_median": "median over seeds",
 }
+FULL_LENGTH = {"atari": 100_000, "dmc": 2_000_000}  # environment steps of the paper's runs
 METRICS = {  # of Figure 4, by TensorBoard tag; the eigenvalue is the largest by sign, not by size
     "plasticity/hessian_max_eigenvalue": "largest eigenvalue of the Hessian",
-    "plasticity/active_units/head": "active units, head",
-    "plasticity/active_units/backbone": "active units, backbone",
+    "plasticity/active_units/head": "share of active units, head",
+    "plasticity/active_units/backbone": "share of active units, backbone",
 }
 PARTS = {  # of exp-names, and how the paper calls them
     "base": "base", "ln": "LN", "sam": "SAM", "crelu": "CReLU", "reset": "Reset",
@@ -94,12 +96,12 @@ def panels(count: int) -> tuple[plt.Figure, np.ndarray]:
     return figure, axes.flat[:count]
 
 
-def line(axis: plt.Axes, curves: list[np.ndarray], colour: str, label: str) -> None:
+def line(axis: plt.Axes, curves: list[np.ndarray], colour: str, label: str, **style) -> None:
     """Mean and range over runs, of each run's curve [points, 2]."""
     points = pd.DataFrame(np.concatenate(curves), columns=["step", "value"])
     points = points.groupby("step").value.agg(["min", "mean", "max"])
     steps = points.index / 1000
-    axis.plot(steps, points["mean"], "o-", ms=3, color=colour, label=label)
+    axis.plot(steps, points["mean"], "o-", color=colour, label=label, **{"ms": 3} | style)
     axis.fill_between(steps, points["min"], points["max"], color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel("thousand environment steps")
 
@@ -123,6 +125,7 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
     """A panel per task: mean return of each evaluation, a line per run, a colour per exp-name.
 
     A run that was evaluated once is a dot there, and a line without dots for its training episodes.
+    Where runs have the paper's length, a diamond is the mean that the paper prints.
     """
     runs = runs[["eval/mean_return" in curves for curves in runs.curves]]
     if runs.empty:
@@ -136,10 +139,15 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
             colour = f"C{names.index(run.exp_name)}"
             evaluations = run.curves["eval/mean_return"]
             episodes = run.curves.get("charts/episodic_return", [])
-            if len(evaluations) == 1 and len(episodes):
+            lone = len(evaluations) == 1
+            if lone and len(episodes):
                 means = training_means(episodes, run.steps)
                 axis.plot(*(means / (1000, 1)).T, color=colour)
-            line(axis, [evaluations], colour, method(run.exp_name))
+            line(axis, [evaluations], colour, method(run.exp_name), ms=7 if lone else 3)
+            if run.steps == FULL_LENGTH.get(run.benchmark) and not np.isnan(run.paper):
+                label = f"{method(run.exp_name)}, the paper"
+                options = dict(mfc="none", ms=8, color=colour, label=label)
+                axis.plot(run.steps / 1000, run.paper, "D", **options)
         for returns, style, label in (
             (random_returns(own), "--", "random policy"),
             (own.constant.iloc[0], ":", "best constant action"),
@@ -150,7 +158,7 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
         handles, labels = axis.get_legend_handles_labels()
         once |= dict(zip(labels, handles, strict=True))
     lone = any(len(curves["eval/mean_return"]) == 1 for curves in runs.curves)
-    axes[0].set_ylabel("mean return" + "\n(dots: evaluation, lines without: training)" * lone)
+    axes[0].set_ylabel("mean return" + "\n(lines: training; dots: evaluation)" * lone)
     figure.legend(once.values(), once.keys(), loc="outside right center")
     save(figure, path)
 
@@ -175,13 +183,15 @@ def figure4(runs: pd.DataFrame, path: Path) -> None:
     for axis, (tag, title) in zip(axes, METRICS.items(), strict=True):
         for i, (name, own) in enumerate(runs.groupby(names)):
             found = [curves[tag] for curves in own.curves if tag in curves]
-            if found:
-                line(axis, found, f"C{i}", method(name))
+            if found:  # each line is thinner than those before it, which it may cover
+                line(axis, found, f"C{i}", method(name), lw=1 + 2 / (1 + i))
         for step in sorted(resets):
-            axis.axvline(step / 1000, color="gray", linestyle=":")
+            axis.axvline(step / 1000, color="gray", linestyle=":", label="resets")
         axis.set(title=title)
         axis.set(**{"yscale": "log"} if "eigenvalue" in tag else {"ylim": (0, None)})
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    handles, labels = axes[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), loc="outside right center")
     save(figure, path)
 
 
@@ -196,7 +206,7 @@ def bars(rows: list[dict], ylabel: str, path: Path, title: str = "") -> None:
     by_panel, tasks = table.groupby("panel", sort=False), list(table.task.unique())
     # A title needs the room of two bars.
     counts, width = by_panel.name.nunique().clip(2), 0.8 / len(tasks)
-    options = dict(figsize=(1.5 + 1.1 * counts.sum(), 3.6), layout="constrained", squeeze=False)
+    options = dict(figsize=(1.5 + 0.9 * counts.sum(), 3.6), layout="constrained", squeeze=False)
     options |= dict(width_ratios=counts, sharey=True)
     figure, axes = plt.subplots(1, len(counts), **options)
     for axis, (panel, own) in zip(axes.flat, by_panel, strict=True):
@@ -207,8 +217,10 @@ def bars(rows: list[dict], ylabel: str, path: Path, title: str = "") -> None:
             axis.bar(x, value, 0.9 * width, color=f"C{i}")
             axis.vlines(x, low, high, color="black")
             axis.plot([x] * len(row["dots"]), row["dots"], "o", ms=3.5, mfc="white", mec="black")
+        middle, half = (len(names) - 1) / 2, counts[panel] / 2
+        axis.set_xlim(middle - half, middle + half)  # bars are of one width in all panels
         axis.axhline(0, color="black", linewidth=0.8)
-        labels = [name.replace(" (", "\n(").replace(" + ", " +\n") for name in names]
+        labels = [fill(name.replace(" (", "\n("), 9, replace_whitespace=False) for name in names]
         axis.set_xticks(range(len(names)), labels, fontsize="small")
         axis.grid(False, axis="x")
         axis.set_title(panel)
@@ -233,7 +245,8 @@ def figure3(late: dict[tuple[str, str], pd.Series], title: str, path: Path) -> N
             if (task, name) in late and (task, "base") in late:
                 ours, base = late[task, name].align(late[task, "base"], join="inner")
                 gains = 100 * (ours - base).to_numpy()
-                row = dict(panel=panel, name=method(name), task=f"{task} task", dots=gains)
+                new = {"input": "new images", "label": "new labels"}[task]
+                row = dict(panel=panel, name=method(name), task=new, dots=gains)
                 if len(gains):
                     rows.append(row | {"cell": mean_with_interval(gains)})
     bars(rows, "test accuracy above base\n(percentage points)", path, title)

@@ -230,7 +230,7 @@ def choose(runs: pd.DataFrame, benchmark: str, exp_name: str) -> pd.DataFrame:
     runs = runs[runs.task.isin(tasks)]
     if len(runs):
         check(runs)
-        steps, expected = runs.steps.iloc[0], 2_000_000 if benchmark == "dmc" else 100_000
+        steps, expected = runs.steps.iloc[0], plot.FULL_LENGTH.get(benchmark, 100_000)
         if steps != expected and pd.notna(steps):
             say(f"{exp_name}: runs of {steps:,} steps, not of {expected:,}")
         if missing := [task for task in tasks if task not in set(runs.task)]:
@@ -402,7 +402,15 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
     curves: {TensorBoard tag: [points, 2]}, environment steps and values. first, late: returns of
     its own episodes before learning starts, and of those that end in the last quarter of its steps.
     random, constant: returns of such policies on the same task, whose own runs are left out.
+    paper: the mean return that the paper prints, at its full length.
     """
+    printed = {
+        (benchmark, EXP_NAMES[column], task): value
+        for file, benchmark in PER_TASK.values()
+        for column, values in paper(file).set_index("Game").items()
+        for task, value in values.items()
+        if column in EXP_NAMES
+    }
     policy = runs.args.map(fixed_policy)
     fixed = runs.groupby(["benchmark", "task", policy]).returns.sum()  # lists, one after the other
     rows = runs[policy == ""].to_dict("records")
@@ -418,6 +426,7 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
         first_steps = run["args"].get("learning_starts", 0) * repeat
         run["first"] = returns[steps <= first_steps].tolist()
         run["late"] = returns[steps > 0.75 * run["steps"]].tolist()
+        run["paper"] = printed.get((run["benchmark"], run["exp_name"], run["task"]), np.nan)
         for name in ("random", "constant"):
             run[name] = fixed.get((run["benchmark"], run["task"], name), [])
     if not rows:
@@ -430,16 +439,9 @@ def show_returns(runs: pd.DataFrame) -> None:
 
     The metrics are medians over the second half of each run's measurements.
     """
-    printed = {
-        (benchmark, EXP_NAMES[column], task): value
-        for file, benchmark in PER_TASK.values()
-        for column, values in paper(file).set_index("Game").items()
-        for task, value in values.items()
-        if column in EXP_NAMES
-    }
     rows, measured = [], []
     by = ["benchmark", "task", "exp_name", "steps"]
-    for (benchmark, task, name, steps), own in runs.groupby(by, sort=False):
+    for (_, task, name, steps), own in runs.groupby(by, sort=False):
         try:
             check(own)
         except SystemExit as error:
@@ -452,7 +454,7 @@ def show_returns(runs: pd.DataFrame) -> None:
         row["best constant action"] = np.mean(constant) if constant else None
         row["last training episodes"] = f"{np.mean(late):.1f} ({len(late)})" if late else ""
         row["mean return"] = plot.mean_with_interval(own.score.to_numpy())
-        row |= {"seeds": len(own), "paper, full length": printed.get((benchmark, name, task))}
+        row |= {"seeds": len(own), "paper, full length": own.paper.iloc[0]}
         rows.append(row | {"hours a run": f"{own.hours.mean():.1f}"})
 
         own = [curves for curves in own.curves if METRICS.keys() & curves.keys()]
@@ -467,7 +469,7 @@ def show_returns(runs: pd.DataFrame) -> None:
         sys.exit("error: no runs that can be put together")
     show("Returns", rows, 1)
     if measured:
-        show("Plasticity, the median of each run's second half", measured, 3)
+        show("Plasticity, medians over the second half of the measurements", measured, 3)
 
 
 # --- Report ---

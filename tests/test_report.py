@@ -455,7 +455,8 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     assert {y for _, y in lines[2]} == {30.0}
     training, evaluation = [line.get_xydata().tolist() for line in reacher.get_lines()]
     assert (training, evaluation) == ([[0.3, 99.0], [0.5, 7.0]], [[2.0, 800.0]])  # by tenths
-    assert "lines without: training" in reacher.get_ylabel()
+    assert "lines: training" in reacher.get_ylabel()
+    assert "D" not in {line.get_marker() for line in walker.get_lines()}  # too short a run
     legend = [text.get_text() for text in figures["curves.png"].legends[0].get_texts()]
     assert legend == ["PLASTIC", "base", "random policy"]
 
@@ -478,6 +479,8 @@ def test_policies_that_learn_nothing_are_measured_apart(tmp_path, capsys, figure
     krull, pong = figures["curves.png"].axes[:2]
     lines = [set(line.get_ydata()) for line in (krull.get_lines()[-1], *pong.get_lines()[-2:])]
     assert lines == [{20.0}, {-18.5}, {-20.5}]
+    diamonds = [line for line in krull.get_lines() if line.get_marker() == "D"]
+    assert [line.get_xydata().tolist() for line in diamonds] == [[[100.0, 3612.06]]]  # the paper's
 
 
 def test_rows_are_of_one_benchmark_and_length(tmp_path, capsys):
