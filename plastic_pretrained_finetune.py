@@ -145,7 +145,7 @@ class Args:
     # what takes the rest: fresh weights, or those that the run began with
     shrink_perturb_anchor: Literal["init", "pretrained"] = "init"
 
-    # Evaluation, metrics, logging (all but --log-interval of fine-tuning alone)
+    # Evaluation, metrics (of fine-tuning alone), logging
     eval_episodes: int = 100  # full games of an evaluation
     eval_epsilon: float = 0.001  # share of random actions in an evaluation
     eval_interval: int = 0  # steps between evaluations (0 = only at the end)
@@ -1773,6 +1773,8 @@ def evaluate_saved(args: Args) -> None:
         saved = Args(**flags)
         network = QNetwork(Backbone(), model["num_actions"], saved)
         network.load_state_dict(model["target"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can raise anything; weights_only runs no code
         problem = f"not a model that this script saved in fine-tuning ({type(error).__name__})"
         sys.exit(f"error: {args.evaluate}: {problem}")

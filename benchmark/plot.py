@@ -154,11 +154,10 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
         ):
             if returns:
                 axis.axhline(np.mean(returns), color="gray", linestyle=style, label=label)
-        axis.set(title=task)
+        lone = all(len(curves["eval/mean_return"]) == 1 for curves in own.curves)
+        axis.set(title=task, ylabel="mean return" + "\n(lines: training; dots: evaluation)" * lone)
         handles, labels = axis.get_legend_handles_labels()
         once |= dict(zip(labels, handles, strict=True))
-    lone = any(len(curves["eval/mean_return"]) == 1 for curves in runs.curves)
-    axes[0].set_ylabel("mean return" + "\n(lines: training; dots: evaluation)" * lone)
     figure.legend(once.values(), once.keys(), loc="outside right center")
     save(figure, path)
 

@@ -200,6 +200,16 @@ def test_what_cannot_be_read_is_not_called_foreign(case, play, run_dir):
         play(case, resume=True)
 
 
+@only(*PLAYING)
+def test_a_model_that_cannot_be_read_is_not_called_foreign(case, tmp_path):
+    path = tmp_path / "model.pth"
+    path.touch()
+    args = case.script.Args(evaluate=str(path), device="cpu")
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        case.script.evaluate_saved(args)
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 
@@ -352,7 +362,17 @@ def test_a_number_that_is_not_finite_ends_the_run(case, play, run_dir, monkeypat
     assert not (run_dir / "result.json").exists()
 
 
-@only(*SCRIPTS)
+@only("dmc")
+def test_weights_that_are_not_finite_are_not_evaluated(case, play, monkeypatch):
+    """MuJoCo cannot simulate their actions."""
+    broken, original = [], case.script.td_loss
+    faulty = lambda *call: original(*call) * (math.nan if broken else 1)  # noqa: E731
+    monkeypatch.setattr(case.script, "td_loss", faulty)
+    flags = dict(log_interval=1000, checkpoint_interval=0, eval_interval=16)
+    with pytest.raises(SystemExit, match=r"step 16: \w+ is not finite"):
+        play(case, {15: lambda: broken.append(0)}, **flags)
+
+
 def test_weights_and_biases_goes_on_under_the_same_id(case, play, monkeypatch):
     calls, spec = [], ModuleSpec("wandb", None)
     init = lambda **call: calls.append(call) or SimpleNamespace(id="id7")  # noqa: E731
@@ -393,7 +413,7 @@ BAD_FLAGS = {
     """,
     "synth": """
         --learning-rate 0.1 0.1 | --weight-decay 0 0.1 0 | --learning-rate | --num-stages 50001
-        --conv-strides 3 3 0 | --conv-strides 10 10 1 | --l2-init --weight-decay 0
+        --conv-strides 3 3 0 | --conv-strides 4 4 4 | --l2-init --weight-decay 0
         --shrink-perturb-alpha 0.5 --reset-interval 0
     """,
     "finetune": """

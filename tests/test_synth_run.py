@@ -45,6 +45,7 @@ def test_a_run_learns_and_its_result_is_that_of_the_best_setting(play, tmp_path)
 def test_many_seeds_and_settings_give_what_a_process_of_its_own_gives(play, tmp_path):
     play(CASE, task="label", num_seeds=2, first_seed=7, learning_rate=(0.05, 0.01))
     play(CASE, task="label", num_seeds=1, first_seed=8, exp_name="alone")
+    assert {p.name for p in tmp_path.glob("label*")} == {"label__x__7-8", "label__alone__8-8"}
     alone, of_many = read_result(tmp_path, "alone"), read_result(tmp_path)["sweep"][1]
     for key in ("test_accuracy", "train_accuracy"):  # but for an image on the edge or two
         np.testing.assert_allclose(alone[key][0], of_many[key][1], atol=0.03)
