@@ -8,12 +8,11 @@
 source "$(dirname "$0")/grid.sh"
 choose METHODS "base sam ln crelu reset plastic"
 choose GAMES "$ATARI"
-choose_seeds 5
 
-for seed in $SEEDS; do # one seed of everything before the second
+for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
     for game in $GAMES; do
         for method in $METHODS; do
-            atari_line "$game" "$seed" "${method}_metrics" "$method" "--replay-ratio 2 --metrics-interval 5000"
+            atari_line "$game" "$seed" "${method}_metrics" "--replay-ratio 2 --metrics-interval 5000"
         done
     done
 done

@@ -13,28 +13,25 @@ choose METHODS "base sam reset sam_reset sam_reused sam_noiseless sam_backbone s
 sam_critic sam_actor"
 choose GAMES "$ATARI"
 choose TASKS "$DMC"
-choose_seeds 5
 
-for seed in $SEEDS; do # one seed of everything before the second
+for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
     for benchmark in $BENCHMARKS; do
         for method in $METHODS; do
             variant=${method##*_}
             case $benchmark-$variant in
-                *-base | *-sam | atari-reset) name=$method flags="" ;;
-                atari-reused | atari-noiseless)
-                    name=sam flags="--sam-noise ${variant/noiseless/none} --sam-scope all" ;;
-                atari-backbone | atari-head)
-                    name=${method%_*} flags="--sam-noise independent --sam-scope $variant" ;;
-                dmc-critic | dmc-actor) name=sam flags="--sam-scope $variant" ;;
+                *-base | *-sam | atari-reset) flags="" ;;
+                atari-reused | atari-noiseless) flags="--sam-noise ${variant/noiseless/none} --sam-scope all" ;;
+                atari-backbone | atari-head) flags="--sam-noise independent --sam-scope $variant" ;;
+                dmc-critic | dmc-actor) flags="--sam-scope $variant" ;;
                 *) continue ;;
             esac
             if [[ $benchmark == atari ]]; then
                 for game in $GAMES; do
-                    atari_line "$game" "$seed" "$method" "$name" "--replay-ratio 2${flags:+ $flags}"
+                    atari_line "$game" "$seed" "$method" "--replay-ratio 2${flags:+ $flags}"
                 done
             else
                 for task in $TASKS; do
-                    dmc_line "$task" "$seed" "$method" "$name" "$flags"
+                    dmc_line "$task" "$seed" "$method" "$flags"
                 done
             fi
         done

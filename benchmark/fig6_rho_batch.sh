@@ -13,17 +13,16 @@ for method in base sam reset sam_reset; do
 done
 choose METHODS "$all"
 choose GAMES "$ATARI"
-choose_seeds 5
 
-for seed in $SEEDS; do # one seed of everything before the second
+for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
     for game in $GAMES; do
         for method in $METHODS; do
-            flags="--replay-ratio 2" rho=0.1 name=${method%_batch*}
+            flags="--replay-ratio 2" rho=0.1
             case $method in
-                sam_rho*) rho=${method#sam_rho} name=sam ;;
+                sam_rho*) rho=${method#sam_rho} ;;
                 *_batch*) flags+=" --batch-size ${method##*_batch}" ;;
             esac
-            atari_line "$game" "$seed" "$method" "$name" "$flags"
+            atari_line "$game" "$seed" "$method" "$flags"
         done
     done
 done

@@ -11,21 +11,16 @@ extra=${EXTRA:+ ${EXTRA//$'\n'/ }} # flags for every line
 
 rho=0.1 # SAM's, on Atari
 
-choose() { # NAME VALUES: narrow the variable NAME to what the environment asks for; without that, all of VALUES
+choose() { # NAME VALUES: the environment's choice for the variable NAME, among VALUES; without one, all of them
     local -n chosen=$1
-    local value asked=${!1:-$2}
-    chosen=""
-    for value in $asked; do
+    local value
+    chosen=${chosen:-$2}
+    for value in $chosen; do
         if [[ " $2 " != *" $value "* ]]; then
             echo "error: $1: $value is not one of $2" >&2
             exit 2
         fi
-        [[ " $chosen " == *" $value "* ]] || chosen+=${chosen:+ }$value
     done
-    if [[ -z $chosen ]]; then
-        echo "error: $1 is empty; leave it unset for $2" >&2
-        exit 2
-    fi
 }
 
 choose_one() { # NAME VALUES: the same for a single value, by default the first
@@ -38,22 +33,6 @@ choose_one() { # NAME VALUES: the same for a single value, by default the first
     fi
 }
 
-choose_seeds() { # NUMBER: SEEDS from the environment, or 1 to NUMBER
-    local seed asked=${SEEDS:-$(seq -s " " "$1")}
-    SEEDS=""
-    for seed in $asked; do
-        if [[ ! $seed =~ ^(0|[1-9][0-9]{0,5})$ ]]; then
-            echo "error: SEEDS: $seed is not a seed" >&2
-            exit 2
-        fi
-        [[ " $SEEDS " == *" $seed "* ]] || SEEDS+=${SEEDS:+ }$seed
-    done
-    if [[ -z $SEEDS ]]; then
-        echo "error: SEEDS is empty; leave it unset for 1 to $1" >&2
-        exit 2
-    fi
-}
-
 interventions() { # METHOD RHO INTERVAL: $switches of base, of plastic, or of interventions joined by _, as in ln_reset
     local parts=_${1/plastic/ln_sam_crelu_reset}_
     [[ $parts == *_ln_* ]] && switches="--layer-norm" || switches="--no-layer-norm"
@@ -62,12 +41,12 @@ interventions() { # METHOD RHO INTERVAL: $switches of base, of plastic, or of in
     [[ $parts == *_reset_* ]] && switches+=" --reset-interval $3" || switches+=" --reset-interval 0"
 }
 
-atari_line() { # GAME SEED EXP_NAME METHOD [FLAGS]: one run of the Atari script, SAM's radius being $rho
-    interventions "$4" "$rho" 40000
-    echo "python plastic_drq_rainbow_atari.py --env-id $1 --seed $2 --exp-name $3 $switches${5:+ $5} --resume$extra"
+atari_line() { # GAME SEED EXP_NAME [FLAGS]: one run of the Atari script, SAM's radius being $rho
+    interventions "$3" "$rho" 40000
+    echo "python plastic_drq_rainbow_atari.py --env-id $1 --seed $2 --exp-name $3 $switches${4:+ $4} --resume$extra"
 }
 
-dmc_line() { # TASK SEED EXP_NAME METHOD [FLAGS]: one run of the DeepMind Control script
-    interventions "$4" auto 100000
-    echo "python plastic_drq_sac_dmc.py --env-id $1 --seed $2 --exp-name $3 $switches${5:+ $5} --resume$extra"
+dmc_line() { # TASK SEED EXP_NAME [FLAGS]: one run of the DeepMind Control script
+    interventions "$3" auto 100000
+    echo "python plastic_drq_sac_dmc.py --env-id $1 --seed $2 --exp-name $3 $switches${4:+ $4} --resume$extra"
 }

@@ -8,6 +8,7 @@ columns of with_curves; `late` is {(task, exp-name): accuracy by seed} of the sy
 `aggregate` gives, for a benchmark and an exp-name, {"iqm": (value, low, high), "hours": ..., ...}.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from textwrap import fill
@@ -87,7 +88,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 def panels(count: int) -> tuple[plt.Figure, np.ndarray]:
     """A figure and its axes, four in a row."""
-    columns, rows = min(count, 4), -(-count // 4)
+    columns, rows = min(count, 4), math.ceil(count / 4)
     size = (4.2 * columns + 1.5, 3.5 * rows)  # with room for a legend beside them
     options = dict(figsize=size, squeeze=False, layout="constrained")
     figure, axes = plt.subplots(rows, columns, **options)
@@ -96,14 +97,30 @@ def panels(count: int) -> tuple[plt.Figure, np.ndarray]:
     return figure, axes.flat[:count]
 
 
-def line(axis: plt.Axes, curves: list[np.ndarray], colour: str, label: str, **style) -> None:
-    """Mean and range over runs, of each run's curve [points, 2]."""
+def line(
+    axis: plt.Axes,
+    curves: list[np.ndarray],
+    colour: str,
+    label: str,
+    ms: float = 3,
+    lw: float = 1.5,
+) -> None:
+    """Mean and range over runs, of each run's curve [points, 2]; dots of size ms, a line of lw."""
     points = pd.DataFrame(np.concatenate(curves), columns=["step", "value"])
     points = points.groupby("step").value.agg(["min", "mean", "max"])
     steps = points.index / 1000
-    axis.plot(steps, points["mean"], "o-", color=colour, label=label, **{"ms": 3} | style)
+    axis.plot(steps, points["mean"], "o-", color=colour, label=label, ms=ms, lw=lw)
     axis.fill_between(steps, points["min"], points["max"], color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel("thousand environment steps")
+
+
+def legend(figure: plt.Figure) -> None:
+    """Beside the panels, each label once."""
+    once = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        once |= dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), loc="outside right center")
 
 
 def random_returns(runs: pd.DataFrame) -> list[float]:
@@ -131,10 +148,10 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
     if runs.empty:
         return
     runs = runs.assign(exp_name=runs.exp_name.str.removesuffix("_metrics"))
-    names, by_task = list(runs.exp_name.unique()), runs.groupby("task", sort=False)
+    names = list(runs.exp_name.unique())
+    by_task = runs.groupby(["benchmark", "task"], sort=False)
     figure, axes = panels(len(by_task))
-    once = {}  # handles of the legend by label, from all panels
-    for axis, (task, own) in zip(axes, by_task, strict=True):
+    for axis, ((_, task), own) in zip(axes, by_task, strict=True):
         for run in own.itertuples():
             colour = f"C{names.index(run.exp_name)}"
             evaluations = run.curves["eval/mean_return"]
@@ -155,10 +172,9 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
             if returns:
                 axis.axhline(np.mean(returns), color="gray", linestyle=style, label=label)
         lone = all(len(curves["eval/mean_return"]) == 1 for curves in own.curves)
-        axis.set(title=task, ylabel="mean return" + "\n(lines: training; dots: evaluation)" * lone)
-        handles, labels = axis.get_legend_handles_labels()
-        once |= dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside right center")
+        key = "\n(lines: training; dots: evaluation)" if lone else ""
+        axis.set(title=task, ylabel=f"mean return{key}")
+    legend(figure)
     save(figure, path)
 
 
@@ -173,7 +189,8 @@ def reset_steps(args: dict, length: int) -> np.ndarray:
 
 def figure4(runs: pd.DataFrame, path: Path) -> None:
     """Plasticity metrics over time, a line per exp-name; dotted lines where runs were reset."""
-    runs = runs[[bool(METRICS.keys() & curves.keys()) for curves in runs.curves]]
+    measured = runs.curves.map(lambda curves: bool(METRICS.keys() & curves.keys())).astype(bool)
+    runs = runs[measured & (runs.benchmark == "atari")]  # as in the paper
     if runs.empty:
         return
     names = runs.exp_name.str.removesuffix("_metrics")
@@ -187,10 +204,11 @@ def figure4(runs: pd.DataFrame, path: Path) -> None:
         for step in sorted(resets):
             axis.axvline(step / 1000, color="gray", linestyle=":", label="resets")
         axis.set(title=title)
-        axis.set(**{"yscale": "log"} if "eigenvalue" in tag else {"ylim": (0, None)})
-    handles, labels = axes[0].get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside right center")
+        if "eigenvalue" in tag:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+    legend(figure)
     save(figure, path)
 
 
@@ -256,9 +274,7 @@ def figures5_and_6(figure: str, aggregate: Aggregate, path: Path) -> None:
     rows, (benchmark, shown) = [], FIGURES_5_AND_6[figure]
     for panel, names in shown.items():
         found = {name: aggregate(benchmark, name) for name in names.split()}
-        found = {
-            name.replace("_", " + "): row["iqm"] for name, row in found.items() if "iqm" in row
-        }
+        found = {name.replace("_", " "): row["iqm"] for name, row in found.items() if "iqm" in row}
         if len(found) > 1:
             rows += [dict(panel=panel, name=n, task="", cell=c, dots=[]) for n, c in found.items()]
     bars(rows, "IQM of returns" if benchmark == "dmc" else "IQM, human-normalized", path)

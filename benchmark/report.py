@@ -47,7 +47,7 @@ def paper(name: str) -> pd.DataFrame:
 
 
 # fmt: off
-SCRIPTS = {  # and the benchmark that their results belong to
+SCRIPTS = {  # script: the benchmark of its results
     "plastic_drq_rainbow_atari.py": "atari",
     "plastic_drq_sac_dmc.py": "dmc",
     "plastic_pretrained_finetune.py": "pretrained",
@@ -81,7 +81,7 @@ APART = set(
     "track wandb_project_name wandb_entity pretrained_path".split()
 )
 BY_TASK = {"action_repeat", "sam_rho"}
-FLAGS = {  # that are on where a run has this part in its exp-name, and off where not
+FLAGS = {  # part of an exp-name: the flag that is on in exactly the runs whose name has it
     "ln": "layer_norm", "sam": "sam_rho", "crelu": "crelu", "reset": "reset_interval",
     "redo": "redo_interval", "l2init": "l2_init", "clip": "weight_clip",
     "tortoise": "tortoise_interval",
@@ -115,7 +115,7 @@ class Args:
 
 
 def say(note: str) -> None:
-    """On stderr."""
+    """Print a note on stderr: stdout is for the tables."""
     print(note, file=sys.stderr)
 
 
@@ -457,13 +457,13 @@ def show_returns(runs: pd.DataFrame) -> None:
         row |= {"seeds": len(own), "paper, full length": own.paper.iloc[0]}
         rows.append(row | {"hours a run": f"{own.hours.mean():.1f}"})
 
-        own = [curves for curves in own.curves if METRICS.keys() & curves.keys()]
-        row = which | {"seeds": len(own)}
+        measurements = [curves for curves in own.curves if METRICS.keys() & curves.keys()]
+        row = which | {"seeds": len(measurements)}
         for tag, title in METRICS.items():
-            found = [curves[tag] for curves in own if tag in curves]
-            late = [value for curve in found for value in curve[len(curve) // 2 :, 1]]
-            row[title] = f"{np.median(late):.3g}" if late else ""
-        if own:
+            found = [curves[tag] for curves in measurements if tag in curves]
+            values = [value for curve in found for value in curve[len(curve) // 2 :, 1]]
+            row[title] = f"{np.median(values):.3g}" if values else ""
+        if measurements:
             measured.append(row)
     if not rows:
         sys.exit("error: no runs that can be put together")
@@ -521,7 +521,8 @@ def report(args: Args) -> int:
     if args.table in PER_TASK:
         show_by_task(runs, args.table)
     late, title, learning = {}, "", runs[:0]
-    if len(synthetic) and (args.table is None or args.plot is not None):
+    more_than_a_table = args.table is None or args.plot is not None
+    if len(synthetic) and more_than_a_table:
         check(synthetic, PROTOCOL)
         last = min(args.last, synthetic.accuracies.iloc[0].shape[1])
         for run in synthetic.itertuples():
@@ -532,7 +533,7 @@ def report(args: Args) -> int:
         title += f", the last {last} averaged"
         if args.table is None:
             show_synthetic(synthetic, late, last)
-    if args.runs and len(runs) and (args.table is None or args.plot is not None):
+    if args.runs and len(runs) and more_than_a_table:
         learning = with_curves(runs)
         if args.table is None:
             show_returns(learning)

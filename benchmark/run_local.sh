@@ -82,7 +82,8 @@ fi
 if [[ $mps == yes ]]; then
     CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) # a short path: it will hold sockets
     export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY=$dir
-    nvidia-cuda-mps-control -d 9>&-
+    # The daemon would number the GPUs of CUDA_VISIBLE_DEVICES anew; the lines name them by their own numbers.
+    env -u CUDA_VISIBLE_DEVICES nvidia-cuda-mps-control -d 9>&-
     trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$CUDA_MPS_PIPE_DIRECTORY"' EXIT
 fi
 

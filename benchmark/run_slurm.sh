@@ -126,6 +126,7 @@ go_on="the same command goes on when these have ended"
 now=$((tasks < submit ? tasks : submit))
 # MaxArraySize is one more than the largest index.
 most=$(scontrol show config | sed -n 's/^MaxArraySize *= *//p')
+most=${most:-1001} # Slurm's default
 id=""
 for ((offset = 0; offset < now; offset += most)); do
     last=$((now - offset < most ? now - offset - 1 : most - 1))
@@ -156,7 +157,7 @@ fi
 echo "logs in $dir; squeue -n $name shows what is queued, scancel -n $name ends it"
 [[ $waiting == 0 ]] && exit
 
-while queued=$(squeue -h -n "$name") && [[ -n $queued ]]; do sleep 2; done
+until queued=$(squeue -h -n "$name") && [[ -z $queued ]]; do sleep 2; done # a busy controller may not answer
 failed=0
 for number in $(head -n $((now * per_gpu)) "$todo"); do
     code=$(cat "$dir/$number.exit" 2> /dev/null || echo none)

@@ -42,7 +42,7 @@ case $part in
         ;;
     parallel) side_by_side parallel | tee "$out/${gpu}_parallel.txt" ;;
     mps)
-        nvidia-cuda-mps-control -d
+        env -u CUDA_VISIBLE_DEVICES nvidia-cuda-mps-control -d
         trap 'echo quit | nvidia-cuda-mps-control' EXIT
         side_by_side mps | tee "$out/${gpu}_mps.txt"
         ;;

@@ -10,12 +10,11 @@
 source "$(dirname "$0")/grid.sh"
 choose METHODS "base sam ln crelu reset plastic"
 choose TASKS "$DMC"
-choose_seeds 10
 
-for seed in $SEEDS; do # one seed of everything before the second
+for seed in ${SEEDS:-$(seq 10)}; do # one seed of everything before the second
     for task in $TASKS; do
         for method in $METHODS; do
-            dmc_line "$task" "$seed" "$method" "$method"
+            dmc_line "$task" "$seed" "$method"
         done
     done
 done

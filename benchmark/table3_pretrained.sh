@@ -21,9 +21,8 @@ fi
 choose METHODS "base reset sam_reset"
 choose RATIOS "2 4"
 choose_one ANCHOR "init pretrained"
-choose_seeds 5
 models=${MODELS:-"runs/{}__pretrain__1/model.pth"}
-for seed in $SEEDS; do # one seed of everything before the second
+for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
     for game in $GAMES; do
         for ratio in $RATIOS; do
             model=$(printf %q "${models//"{}"/$game}")

@@ -7,12 +7,11 @@
 source "$(dirname "$0")/grid.sh"
 choose METHODS "base ln sam crelu reset plastic ln_sam ln_crelu ln_reset sam_crelu sam_reset crelu_reset"
 choose GAMES "$ATARI"
-choose_seeds 10
 
-for seed in $SEEDS; do # one seed of everything before the second
+for seed in ${SEEDS:-$(seq 10)}; do # one seed of everything before the second
     for game in $GAMES; do
         for method in $METHODS; do
-            atari_line "$game" "$seed" "$method" "$method" "--replay-ratio 2"
+            atari_line "$game" "$seed" "$method" "--replay-ratio 2"
         done
     done
 done

@@ -519,12 +519,13 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     for i, name in enumerate(names.split()):
         write_run(tmp_path, "Pong", name, 1, -20.7 + 0.1 * i * span)
         write_run(tmp_path, "walker-run", name, 1, 100.0 * i, DMC, 2_000_000)
-    write_run(tmp_path, "walker-run", "sam_actor", 1, 50.0, DMC, 2_000_000)
+    write_run(tmp_path, "walker-run", "sam_actor", 1, 50.0, DMC, 2_000_000, scalars=scalars)
     args = dict(runs=(tmp_path,), table="1", plot=tmp_path, allow_missing=True, reps=50)
     assert report.main(report.Args(**args)) == 0
     numbers = "figure1 figure2 figure4 figure5 figure5_dmc figure6 intervals_atari intervals_dmc"
     assert set(figures) == {f"{name}.png" for name in numbers.split()}
     eigenvalue, active, _ = figures["figure4.png"].axes
+    assert len(eigenvalue.get_lines()) == 2 + 3  # base and Reset on Atari; the resets
     assert eigenvalue.get_lines()[0].get_xydata().tolist() == [[5.0, 2.0], [10.0, 6.0]]
     # Two updates a step, from step 2,000 on: update 65,333 is the first of step 34,666's, 130,666
     # the second of 67,332's, 195,999 the first of 99,999's. Base has no resets.
