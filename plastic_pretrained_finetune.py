@@ -8,11 +8,13 @@
 r"""SAM and Reset† on a frozen, pretrained encoder for Atari-100k, and its pretraining, in one file.
 
 Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning"
-(NeurIPS 2023), section 4.4, Table 3. The encoder and its pretraining are those of SimTPR (Lee et
-al., 2023); the head and the rest are those of plastic_drq_rainbow_atari.py.
+(NeurIPS 2023), section 4.4, Table 3. The encoder and its pretraining are those of SimTPR ("On the
+Importance of Feature Decorrelation for Unsupervised Representation Learning in Reinforcement
+Learning", ICML 2023); the head and the rest are those of plastic_drq_rainbow_atari.py.
 
-Pretrain an encoder on random play that is recorded here; train the base on it; then with SAM and
-Reset†, which is a fresh head and an encoder pulled towards fresh weights:
+Pretrain an encoder on random play that is recorded here (for a GPU; benchmark/RESULTS.md has flags
+for a CPU); train the base on it; then with SAM and Reset†, which is a fresh head and an encoder
+pulled towards fresh weights:
 
     python plastic_pretrained_finetune.py --env-id Pong --mode pretrain
     python plastic_pretrained_finetune.py --env-id Pong --exp-name base \
@@ -31,7 +33,9 @@ resets count. In pretrain: updates alone.
 Where it departs from the paper (README.md and benchmark/RELEASE.md have tables):
 - The paper takes SimTPR's published encoder. Here it is one that --mode pretrain made, on random
   play where no video is given, or a published one (--pretrained-path).
-- Images are augmented, as in the Atari script; section 4.4 says Rainbow (--aug-shift).
+- Images are augmented: section 4.4 says Rainbow, but SimTPR's published fine-tuning has DrQ's shift
+  and intensity (--aug-shift, --aug-intensity). The learning rate and BatchNorm's eval mode, on
+  which the paper is silent, are that code's, too.
 - Reset† pulls the frozen encoder towards fresh weights, as the paper's text has it, and nothing
   trains it back. Pulled towards its pretrained weights, a frozen one stays as it is
   (--shrink-perturb-anchor).
@@ -103,8 +107,10 @@ class Args:
     from_scratch: bool = False  # a random encoder (frozen, too, unless --no-freeze-backbone)
     freeze_backbone: bool = True  # train the head alone
 
-    # Pretraining (as SimTPR has it, but for the recording)
-    video_dir: str | None = None  # the DQN Replay dataset's files of the game (none = record some)
+    # Pretraining (as SimTPR has it, but for the recording: 15,630 updates where it has 234,370)
+    # directory of the DQN Replay dataset's files of the game; all there are used, so put SimTPR's
+    # alone there, observation_1_3.gz, _1_4, _1_5 and their terminals (none = record random play)
+    video_dir: str | None = None
     video_frames: int = 500_000  # frames of each of these files that are used, from its start
     collect_steps: int = 100_000  # steps of random play to record, one frame of each
     pretrain_epochs: float = 10.0  # passes over all sequences; 0.5 = half of them
@@ -118,7 +124,7 @@ class Args:
     replay_ratio: int = 2  # gradient updates per step
     batch_size: int = 32  # transitions per update
     learning_starts: int = 2_000  # steps of random actions; the last one has the first update
-    learning_rate: float = 3e-5  # of Adam (section 4.4 is silent; Table 5: 0.0001)
+    learning_rate: float = 3e-5  # of Adam, as SimTPR fine-tunes (4.4 is silent; Table 5: 0.0001)
     adam_eps: float = 1.5e-4  # epsilon of Adam (Table 5's 0.000015 is a digit slip)
     max_grad_norm: float = 10.0  # largest norm of the gradient that is applied
     gamma: float = 0.99  # discount factor
@@ -140,7 +146,7 @@ class Args:
     layer_norm_scope = "all"  # without a type it is no flag; NoisyStream asks for it
     crelu: bool = False  # concatenated ReLU in the head
     sam_rho: float = 0.0  # radius of the SAM perturbation of all that is trained (0 = off)
-    reset_interval: int = 0  # gradient updates between resets of the head (0 = off)
+    reset_interval: int = 0  # gradient updates from one Reset† to the next (0 = off)
     shrink_perturb_alpha: float = 0.6  # share of the encoder's weights kept at a reset (1 = off)
     # what takes the rest: fresh weights, or those that the run began with
     shrink_perturb_anchor: Literal["init", "pretrained"] = "init"
@@ -215,7 +221,7 @@ class Args:
         """Each mode needs flags of its own; files given to the wrong one are refused."""
         encoder, video = self.pretrained_path, self.video_dir
         if self.mode == "finetune":
-            if (encoder is None) != self.from_scratch:
+            if (encoder is None) != self.from_scratch:  # neither of them, or both
                 ways = "--pretrained-path FILE (--mode pretrain makes one) or --from-scratch"
                 raise ValueError(f"{ways}: pass one of them")
             if video is not None:
@@ -223,8 +229,8 @@ class Args:
         else:
             if encoder is not None or self.from_scratch:
                 raise ValueError("--pretrained-path and --from-scratch are of --mode finetune")
-            if video is None and self.collect_steps < self.video_length:
-                raise ValueError(f"--collect-steps: one sequence has {self.video_length} frames")
+            if video is None and self.collect_steps < self.sequence_frames:
+                raise ValueError(f"--collect-steps: one sequence has {self.sequence_frames} frames")
         if self.resume:  # a finished run, which is left alone, needs no file
             return
         if encoder is not None and not Path(encoder).is_file():
@@ -233,7 +239,7 @@ class Args:
             raise ValueError(f"--video-dir {video}: not a directory")
 
     @property
-    def video_length(self) -> int:
+    def sequence_frames(self) -> int:
         """Frames of a sequence in pretraining: 11 stacks of 4 frames are 14."""
         return self.pretrain_length + FRAME_STACK - 1
 
@@ -351,8 +357,9 @@ class DuelingHead(nn.Module):
 def residual_conv(*sizes: int, scale: float = 12**-0.25, **options: int) -> nn.Conv2d:
     """Convolution of a residual block: weights so small that the blocks' sum stays small.
 
-    Normal with standard deviation scale * sqrt(2 / (outputs * kernel area)) (Zhang et al., 2019);
-    the scale is SimTPR's.
+    `sizes` are channels in and out, kernel and stride. Normal with standard deviation
+    scale * sqrt(2 / (outputs * kernel area)), the scale blocks ** -0.25 (Zhang et al., 2019). Of
+    nine blocks SimTPR's code makes twelve, as it counts the input as a fourth group of three.
     """
     conv = nn.Conv2d(*sizes, **options)  # the bias as PyTorch has it
     fan_out = len(conv.weight) * conv.weight[0, 0].numel()
@@ -375,7 +382,7 @@ class InvertedResidual(nn.Module):
             self.down = residual_conv(in_channels, out_channels, stride, stride, scale=1.0)
         self.layers = nn.Sequential(
             residual_conv(in_channels, hidden, 1),
-            nn.BatchNorm2d(hidden, momentum=0.01),
+            nn.BatchNorm2d(hidden, momentum=0.01),  # as in SimTPR; PyTorch has 0.1
             nn.ReLU(),
             residual_conv(hidden, hidden, 3, stride, padding=1, groups=hidden),
             nn.BatchNorm2d(hidden, momentum=0.01),
@@ -390,9 +397,9 @@ class InvertedResidual(nn.Module):
 
 
 class Backbone(nn.Module):
-    """SimTPR's encoder: nine blocks of three convolutions, and three shortcuts.
+    """SimTPR's encoder: nine blocks of three convolutions, one more in the three strided blocks.
 
-    Its state_dict has the keys of the published files.
+    These are the paper's 30 layers. Its state_dict has the keys of the published files.
     """
 
     def __init__(self) -> None:
@@ -428,8 +435,9 @@ def load_pretrained(path: str) -> Backbone:
 class QNetwork(nn.Module):
     """Rainbow's head (appendix A.3) on a given backbone.
 
-    The backbone is in eval mode for good: its BatchNorm keeps its statistics, even where its
-    weights are trained. train() is only ever called on the head, for the noise.
+    The backbone is in eval mode for good, as in SimTPR's fine-tuning: its BatchNorm keeps its
+    statistics, even where its weights are trained. train() is only ever called on the head, for
+    the noise.
     """
 
     def __init__(self, backbone: nn.Module, num_actions: int, args: Args) -> None:
@@ -456,7 +464,8 @@ class QNetwork(nn.Module):
         """
         features = inputs if inputs.dim() == 2 else self.backbone(inputs)
         # The gradients of both streams add up here, so they are scaled by 1/sqrt(2) (Wang et al.,
-        # 2016): lerp(x, x) is x, but only its second end passes a gradient on.
+        # 2016): lerp(x, x) is x, but only its second end passes a gradient on. A frozen backbone
+        # takes none.
         return self.head(torch.lerp(features.detach(), features, 2**-0.5))
 
 
@@ -687,10 +696,12 @@ def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam
 
 @torch.no_grad()
 def shrink_towards(anchor: list[Tensor], networks: tuple[nn.Module, ...], alpha: float) -> None:
-    """Encoder w <- alpha * w + (1 - alpha) * phi in all networks, in place (section 4.3).
+    """Shrink & Perturb (section 4.3): encoder w <- alpha * w + (1 - alpha) * phi, in place.
 
-    phi is the anchor: tensors of the encoder's parameters' shapes. BatchNorm's statistics stay.
-    With alpha 0.6, four resets leave 13% of a frozen encoder's weights.
+    In all networks. phi is the anchor, one tensor for each parameter, BatchNorm's scales and shifts
+    included; its statistics stay. Fresh weights have scale 0 in each block's last BatchNorm, so
+    that a pull towards them fades the blocks out and leaves the shortcuts, a linear map. With alpha
+    0.6, four resets (replay ratio 2) leave 13% of a frozen encoder's weights, nine (4) leave 1%.
     """
     for network in networks:
         for w, phi in zip(network.backbone.parameters(), anchor, strict=True):
@@ -797,6 +808,7 @@ class Agent:
                 inputs, next_inputs = online.backbone(torch.cat([inputs, next_inputs])).chunk(2)
 
         # Lines 11, then 9: double Q-learning reads the online network, too, so noise comes first.
+        # The target's noise is Rainbow's, not in Algorithm 1; act() plays with it.
         online.sample_noise(generator)
         target.sample_noise(generator)
         td_target = self.td_target(batch, next_inputs)
@@ -835,7 +847,7 @@ class Agent:
         reset_head(self.online, self.target, self.optimizer)
         if self.args.shrink_perturb_alpha < 1:
             anchor = self.pretrained
-            if self.args.shrink_perturb_anchor == "init":
+            if self.args.shrink_perturb_anchor == "init":  # other weights at each reset
                 anchor = [w.detach().to(self.generator.device) for w in Backbone().parameters()]
             shrink_towards(anchor, (self.online, self.target), self.args.shrink_perturb_alpha)
 
@@ -1166,149 +1178,6 @@ def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> 
         sys.exit(f"error: {path}: {problem}; move it away or pass --overwrite")
 
 
-# --- Pretraining ----------------------------------------------------------------------------------
-
-
-def positions(length: int, width: int, device: torch.device) -> Tensor:
-    """Sinusoidal positions (Vaswani et al., 2017, section 3.5): [length, width]."""
-    frequencies = 10_000 ** (-torch.arange(0, width, 2, device=device) / width)
-    angles = torch.arange(length, device=device)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class SimTPR(nn.Module):
-    """From a video's past, the next frame's projection (Lee et al., 2023).
-
-    Encoder, projector, causal transformer and predictor; only the encoder is used afterwards.
-    """
-
-    def __init__(self, width: int = 512, layers: int = 2, heads: int = 8) -> None:
-        super().__init__()
-        self.backbone = Backbone()
-        # fmt: off
-        self.projector = nn.Sequential(
-            nn.Linear(3136, width, bias=False), nn.ReLU(), nn.Linear(width, width)
-        )
-        layer = nn.TransformerEncoderLayer(
-            width, heads, dim_feedforward=4 * width, dropout=0.0, activation="gelu",
-            batch_first=True, norm_first=True,
-        )
-        layer.self_attn.in_proj_bias = None  # queries, keys and values have none
-        self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.predictor = nn.Sequential(
-            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
-            nn.Linear(width, width),
-        )
-        # fmt: on
-        # SimTPR's first weights. The transformer's layers are copies: here each gets its own.
-        for w in (self.projector[-1].weight, self.predictor[-1].weight):
-            nn.init.normal_(w, std=0.02)
-        for name, w in self.transformer.named_parameters():
-            if w.dim() == 2:
-                nn.init.normal_(w, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(w)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Stacks in [0, 1] [N, T, 4, 84, 84] -> projections and predictions, both [N, T - 1, D].
-
-        Of all stacks but the first; each is predicted from the projections before it.
-        """
-        num, length = images.shape[:2]
-        features = self.backbone(images.flatten(0, 1))
-        projections = self.projector(features).unflatten(0, (num, length))
-        past = projections[:, :-1] + positions(length - 1, projections.shape[-1], images.device)
-        mask = nn.Transformer.generate_square_subsequent_mask(length - 1, device=images.device)
-        context = self.transformer(past, mask=mask, is_causal=True)
-        predictions = self.predictor(context.flatten(0, 1)).unflatten(0, (num, length - 1))
-        return projections[:, 1:], predictions
-
-
-def prediction_loss(predictions: Tensor, projections: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos(prediction, projection), both [N, T, D]; projections take no gradient."""
-    return (2 - 2 * F.cosine_similarity(predictions, projections.detach(), dim=-1)).mean()
-
-
-def barlow_loss(one: Tensor, other: Tensor) -> Tensor:
-    """Barlow Twins between two views' projections (Zbontar et al., 2021): [N, T, D] x 2 -> scalar.
-
-    The projections are normalised first. Each of the D features should agree between the views
-    (diagonal 1) and repeat no other one (off the diagonal 0).
-    """
-
-    def standardise(z: Tensor) -> Tensor:
-        z = F.normalize(z.flatten(0, 1), dim=1)
-        return (z - z.mean(0)) / z.std(0).clamp(min=1e-6)
-
-    correlation = standardise(one).T @ standardise(other) / one[..., 0].numel()  # [D, D]
-    diagonal = correlation.diagonal()
-    off_diagonal = correlation.square().sum() - diagonal.square().sum()
-    return (diagonal - 1).square().sum() + 0.005 * off_diagonal
-
-
-def keep_stacks(terminals: Tensor) -> Tensor:
-    """Which stacks of a sequence SimTPR keeps; the others are black: bool [N, T + 3] -> [N, T].
-
-    Where an episode ends in a stack's newest frame, the stacks before it go: with ends 0 0 1 0 0 it
-    keeps 0 0 1 1 1, of which the last two show both episodes.
-    """
-    ends = terminals[:, FRAME_STACK - 1 :]
-    numbers = torch.arange(ends.shape[1], device=ends.device)
-    last_end = (ends * numbers).amax(1, keepdim=True)  # [N, 1]; 0 where no episode ends
-    return numbers >= last_end
-
-
-def pretraining_loss(
-    network: SimTPR, frames: Tensor, terminals: Tensor, args: Args, generator: Generator
-) -> Tensor:
-    """SimTPR's loss of sequences, uint8 [N, T + 3, 84, 84], of T stacks each.
-
-    Two augmented views, in one batch; each predicts the other's next projections. The frames stand
-    where augment() has channels: one draw per sequence. terminals, bool [N, T + 3]: their ends.
-    """
-    views = [augment(frames, args.aug_shift, args.aug_intensity, generator) for _ in range(2)]
-    # Stack t holds the frames t to t + 3: [2N, T, 4, 84, 84].
-    stacks = torch.cat(views).unfold(1, FRAME_STACK, 1).movedim(-1, 2)
-    stacks = stacks * keep_stacks(terminals).repeat(2, 1)[:, :, None, None, None]
-    projections, predictions = network(stacks)
-    one, other = projections.chunk(2)
-    from_one, from_other = predictions.chunk(2)
-    prediction = (prediction_loss(from_one, other) + prediction_loss(from_other, one)) / 2
-    return prediction + args.barlow_weight * barlow_loss(one, other)
-
-
-def pretrain_update(
-    network: SimTPR, optimizer: torch.optim.AdamW, batch: tuple, args: Args, generator: Generator
-) -> dict[str, Tensor]:
-    """One gradient update on frames and terminals of sequences. Returns scalars to log."""
-    loss = pretraining_loss(network, *batch, args, generator)
-    optimizer.zero_grad()
-    loss.backward()
-    gradient_norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)  # as in SimTPR
-    optimizer.step()
-    return {"loss": loss.detach(), "gradient_norm": gradient_norm}
-
-
-def make_simtpr(args: Args) -> tuple[SimTPR, torch.optim.AdamW, Generator, dict[str, Tensor]]:
-    """The network, its optimizer, the augmentation's generator, and what a checkpoint holds."""
-    torch.manual_seed(args.seed)  # initial weights
-    # Not channels last: BatchNorm's sums would lose most digits there, on a CPU.
-    network = SimTPR().to(args.device)
-    options = dict(betas=(0.9, 0.95), eps=1.5e-4, weight_decay=1e-5, fused=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, **options)
-    # AdamW makes its state in its first step: take one with lr 0, so that weight decay changes
-    # nothing, and a checkpoint finds the state in place.
-    for w in network.parameters():
-        w.grad = torch.zeros_like(w)
-    optimizer.step()
-    reset_optimizer(optimizer)
-    optimizer.param_groups[0]["lr"] = args.pretrain_learning_rate
-    tensors = network.state_dict()
-    for i, state in enumerate(optimizer.state.values()):
-        tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
-    return network, optimizer, Generator(args.device).manual_seed(args.seed), tensors
-
-
 # --- Videos ---------------------------------------------------------------------------------------
 
 
@@ -1377,7 +1246,7 @@ def draw_starts(starts: np.ndarray, batch_size: int, seed: int) -> Iterator[np.n
 
 def cut_sequences(videos: list[Video], starts: np.ndarray, args: Args) -> tuple[Tensor, Tensor]:
     """Frames uint8 [N, T + 3, 84, 84] and terminals bool [N, T + 3] of the sequences from there."""
-    length, parts = args.video_length, []
+    length, parts = args.sequence_frames, []
     for number, start in starts:
         parts.append([array[start : start + length] for array in videos[number]])
     frames, terminals = (torch.from_numpy(np.stack(cuts)) for cuts in zip(*parts, strict=True))
@@ -1416,9 +1285,157 @@ def load_videos(args: Args, counters: Counters) -> list[Video]:
     if before not in (0, counters.frames):
         problem = f"videos of {counters.frames:,} frames, not {before:,}"
         sys.exit(f"error: {args.video_dir}: {problem}")
-    if max(lengths, default=0) < args.video_length:
-        sys.exit(f"error: {args.video_dir}: no video of {args.video_length} frames")
+    if max(lengths, default=0) < args.sequence_frames:
+        sys.exit(f"error: {args.video_dir}: no video of {args.sequence_frames} frames")
     return videos
+
+
+# --- Pretraining ----------------------------------------------------------------------------------
+
+
+def positions(length: int, width: int, device: torch.device) -> Tensor:
+    """Sinusoidal positions (Vaswani et al., 2017, section 3.5): [length, width]."""
+    frequencies = 10_000 ** (-torch.arange(0, width, 2, device=device) / width)
+    angles = torch.arange(length, device=device)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class SimTPR(nn.Module):
+    """From a sequence's past stacks, the next stack's projection.
+
+    Encoder, projector, causal transformer and predictor; only the encoder is used afterwards.
+    """
+
+    def __init__(self, width: int = 512, layers: int = 2, heads: int = 8) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+        # fmt: off
+        self.projector = nn.Sequential(
+            nn.Linear(3136, width, bias=False), nn.ReLU(), nn.Linear(width, width)
+        )
+        layer = nn.TransformerEncoderLayer(
+            width, heads, dim_feedforward=4 * width, dropout=0.0, activation="gelu",
+            batch_first=True, norm_first=True,
+        )
+        layer.self_attn.in_proj_bias = None  # queries, keys and values have none
+        self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.predictor = nn.Sequential(
+            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
+            nn.Linear(width, width),
+        )
+        # fmt: on
+        # SimTPR's first weights. The transformer's layers are copies: here each gets its own.
+        for w in (self.projector[-1].weight, self.predictor[-1].weight):
+            nn.init.normal_(w, std=0.02)
+        for name, w in self.transformer.named_parameters():
+            if w.dim() == 2:
+                nn.init.normal_(w, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(w)
+
+    def forward(self, stacks: Tensor) -> tuple[Tensor, Tensor]:
+        """Stacks in [0, 1] [N, T, 4, 84, 84] -> projections and predictions, both [N, T - 1, D].
+
+        Of all stacks but the first; each is predicted from the projections before it.
+        """
+        num, length = stacks.shape[:2]
+        features = self.backbone(stacks.flatten(0, 1))  # [N * T, 3136]
+        projections = self.projector(features).unflatten(0, (num, length))  # [N, T, D]
+        past = projections[:, :-1] + positions(length - 1, projections.shape[-1], stacks.device)
+        mask = nn.Transformer.generate_square_subsequent_mask(length - 1, device=stacks.device)
+        context = self.transformer(past, mask=mask, is_causal=True)
+        predictions = self.predictor(context.flatten(0, 1)).unflatten(0, (num, length - 1))
+        return projections[:, 1:], predictions
+
+
+def prediction_loss(predictions: Tensor, projections: Tensor) -> Tensor:
+    """Mean of 2 - 2 cos(prediction, projection), both [N, T - 1, D]; no gradient to projections."""
+    return (2 - 2 * F.cosine_similarity(predictions, projections.detach(), dim=-1)).mean()
+
+
+def barlow_loss(one: Tensor, other: Tensor) -> Tensor:
+    """Barlow Twins between two views' projections (Zbontar et al., 2021).
+
+    Both are [N, T - 1, D]; returns a scalar. They are normalised first. Each of the D features
+    should agree between the views (diagonal 1) and repeat no other one (off the diagonal 0).
+    """
+
+    def standardise(z: Tensor) -> Tensor:
+        z = F.normalize(z.flatten(0, 1), dim=1)
+        # The floor is ours: features that never vary, as of black stacks alone, would give nan.
+        return (z - z.mean(0)) / z.std(0).clamp(min=1e-6)
+
+    one, other = standardise(one), standardise(other)  # [N * (T - 1), D]
+    correlation = one.T @ other / len(one)  # [D, D]
+    diagonal = correlation.diagonal()
+    off_diagonal = correlation.square().sum() - diagonal.square().sum()
+    return (diagonal - 1).square().sum() + 0.005 * off_diagonal  # 0.005 as in SimTPR
+
+
+def stacks_kept(terminals: Tensor) -> Tensor:
+    """Which stacks of a sequence SimTPR keeps; the others turn black: bool [N, T + 3] -> [N, T].
+
+    terminals mark an episode's last frame. Kept are the last stack whose newest frame is one, and
+    the stacks after it; without one, all. With T = 5 and terminals 0 0 0 0 0 1 0 0, stack 2, of the
+    frames 2 to 5, ends an episode: stacks 0 and 1 turn black, 3 and 4 show both episodes. Black
+    stacks count in the loss as all others do.
+    """
+    ends = terminals[:, FRAME_STACK - 1 :]  # [N, T], of each stack's newest frame: 0 0 1 0 0
+    numbers = torch.arange(ends.shape[1], device=ends.device)
+    last_end = (ends * numbers).amax(1, keepdim=True)  # [N, 1]; 0 where no stack ends an episode
+    return numbers >= last_end
+
+
+def pretraining_loss(
+    network: SimTPR, frames: Tensor, terminals: Tensor, args: Args, generator: Generator
+) -> Tensor:
+    """SimTPR's loss of sequences, uint8 [N, T + 3, 84, 84], of T stacks each.
+
+    Two augmented views, in one batch; each predicts the other's next projections. The frames stand
+    where augment() has channels: one draw per sequence. terminals, bool [N, T + 3], mark the last
+    frames of episodes.
+    """
+    views = [augment(frames, args.aug_shift, args.aug_intensity, generator) for _ in range(2)]
+    # Stack t holds the frames t to t + 3: [2N, T, 4, 84, 84].
+    stacks = torch.cat(views).unfold(1, FRAME_STACK, 1).movedim(-1, 2)
+    stacks = stacks * stacks_kept(terminals).repeat(2, 1)[:, :, None, None, None]
+    projections, predictions = network(stacks)
+    one, other = projections.chunk(2)
+    from_one, from_other = predictions.chunk(2)
+    prediction = (prediction_loss(from_one, other) + prediction_loss(from_other, one)) / 2
+    return prediction + args.barlow_weight * barlow_loss(one, other)
+
+
+def pretrain_update(
+    network: SimTPR, optimizer: torch.optim.AdamW, batch: tuple, args: Args, generator: Generator
+) -> dict[str, Tensor]:
+    """One gradient update on frames and terminals of sequences. Returns scalars to log."""
+    loss = pretraining_loss(network, *batch, args, generator)
+    optimizer.zero_grad()
+    loss.backward()
+    gradient_norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)  # as in SimTPR
+    optimizer.step()
+    return {"loss": loss.detach(), "gradient_norm": gradient_norm}
+
+
+def make_simtpr(args: Args) -> tuple[SimTPR, torch.optim.AdamW, Generator, dict[str, Tensor]]:
+    """The network, its optimizer, the augmentation's generator, and what a checkpoint holds."""
+    torch.manual_seed(args.seed)  # initial weights
+    # Not channels last: BatchNorm's sums would lose most digits there, on a CPU.
+    network = SimTPR().to(args.device)
+    options = dict(betas=(0.9, 0.95), eps=1.5e-4, weight_decay=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, **options)
+    # AdamW makes its state in its first step: take one with lr 0, so that weight decay changes
+    # nothing, and a checkpoint finds the state in place.
+    for w in network.parameters():
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    reset_optimizer(optimizer)
+    optimizer.param_groups[0]["lr"] = args.pretrain_learning_rate
+    tensors = network.state_dict()
+    for i, state in enumerate(optimizer.state.values()):
+        tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
+    return network, optimizer, Generator(args.device).manual_seed(args.seed), tensors
 
 
 # --- Run ------------------------------------------------------------------------------------------
@@ -1677,7 +1694,7 @@ def pretrain(args: Args, run_dir: Path) -> None:
     counters.git_commits.append(git_commit())
     start_time = time.perf_counter() - counters.wall_clock_seconds
     videos = load_videos(args, counters)
-    starts, batch_size = every_start(videos, args.video_length), args.pretrain_batch_size
+    starts, batch_size = every_start(videos, args.sequence_frames), args.pretrain_batch_size
     total = max(round(args.pretrain_epochs * math.ceil(len(starts) / batch_size)), 1)
 
     first = counters.gradient_updates
@@ -1700,7 +1717,7 @@ def pretrain(args: Args, run_dir: Path) -> None:
                 advice = "lower --pretrain-learning-rate"
                 sys.exit(f"error: update {update}: {name} is not finite; {advice}")
 
-        # Log: the mean loss since the last time
+        # Log: the mean loss since the last log; dividing by 1, the first one after it replaces it
         number = (update - 1) % args.log_interval + 1
         counters.final_loss += (float(losses["loss"]) - counters.final_loss) / number
         if number == args.log_interval or update == total:

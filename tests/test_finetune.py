@@ -551,7 +551,7 @@ def numbered_videos(*lengths):
 
 def test_a_sequence_begins_at_every_frame_and_leaves_no_video():
     args = pretrain_args()
-    starts = ft.every_start(numbered_videos(*3 * [args.video_frames]), args.video_length)
+    starts = ft.every_start(numbered_videos(*3 * [args.video_frames]), args.sequence_frames)
     updates = args.pretrain_epochs * math.ceil(len(starts) / args.pretrain_batch_size)
     assert updates == 234_370  # SimTPR's, of three files
     args, videos = pretrain_args(pretrain_length=3), numbered_videos(20, 4, 30)
