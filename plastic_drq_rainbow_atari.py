@@ -1299,6 +1299,7 @@ def train(args: Args, run_dir: Path) -> None:
                 counters.gradient_updates += 1
                 # Not on the last step: the evaluation would be of a fresh head.
                 if due(args.reset_interval, counters.gradient_updates) and not last:
+                    check_finite(losses, step)  # a fresh head may hide what is not
                     agent.reset()
                     counters.resets += 1
         counters.training_seconds += time.perf_counter() - step_start

@@ -78,7 +78,7 @@ PROTOCOL = (
 APART = set(
     "env_id seed exp_name run_dir device cuda_graph torch_threads resume checkpoint_interval "
     "overwrite evaluate eval_interval metrics_interval log_interval capture_video save_model "
-    "track wandb_project_name wandb_entity pretrained_path".split()
+    "track wandb_project_name wandb_entity pretrained_path replay_device".split()
 )
 BY_TASK = {"action_repeat", "sam_rho"}
 FLAGS = {  # part of an exp-name: the flag that is on in exactly the runs whose name has it

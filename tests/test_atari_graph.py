@@ -17,7 +17,6 @@ import plastic_pretrained_finetune as finetune
 
 REPOSITORY = Path(__file__).parent.parent
 METHODS = {
-    "base": dict(layer_norm=False, crelu=False, sam_rho=0.0),
     "plastic": {},
     "frozen": dict(freeze_backbone=True, sam_rho=0.1, shrink_perturb_anchor="pretrained"),
     "not frozen": dict(freeze_backbone=False),

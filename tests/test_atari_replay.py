@@ -99,17 +99,6 @@ def test_replay_against_a_list_of_all_transitions(events, n, capacity, gamma):
             np.testing.assert_array_equal(batch.next_obs[i], next_obs)
 
 
-def test_episode_tails_are_stored():
-    replay = make_replay(30, n_step=10, gamma=0.5)
-    replay.start(FRAMES[0])
-    for t in range(4):  # a life of 4 steps, shorter than n
-        replay.add(0, 1.0, t == 3, FRAMES[0])
-    batch = replay.gather(torch.arange(4))
-    assert (replay.priorities[:4] > 0).all()
-    assert batch.n_step_return.tolist() == [1.875, 1.75, 1.5, 1.0]
-    assert batch.discount.tolist() == [0.0] * 4
-
-
 # --- Sampling -------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ PLAIN = dict(layer_norm=False, crelu=False, sam_rho=0.0)
 def make_agent(num_updates=100, **flags):
     """Of 3 actions; online and target network differ, as they do in training."""
     sizes = dict(hidden_dim=16, n_atoms=11, batch_size=BATCH, aug_shift=0, aug_intensity=0.0)
+    sizes |= dict(target_ema=0.9, per_alpha=0.7, noisy_std=0.3)  # no defaults
     torch.manual_seed(0)
     args = atari.Args(device="cpu", **sizes | flags)
     agent = atari.Agent(3, num_updates, args, torch.Generator().manual_seed(0))
@@ -253,26 +254,37 @@ def test_sam_stays_at_a_gradient_of_zero():
 
 
 def test_beta_rises_from_per_beta_to_one_over_all_updates():
-    agent, replay = make_agent(num_updates=5, **PLAIN), FixedReplay()
+    agent, replay = make_agent(num_updates=5, per_beta=0.6, **PLAIN), FixedReplay()
     for _ in range(5):
         agent.update(replay)
-    np.testing.assert_allclose(replay.betas, [0.4, 0.55, 0.7, 0.85, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(replay.betas, [0.6, 0.7, 0.8, 0.9, 1.0], rtol=1e-6)
 
 
 def test_acting_is_greedy_on_the_noisy_target_network():
+    """Eight draws of the noise; the features of such images hardly differ, so the actions of one
+    draw do not, either."""
     agent, obs = make_agent(), torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
-    agent.target.sample_noise(agent.generator)
-    w, noise = doubles(agent.target.named_parameters()), doubles(agent.target.named_buffers())
-    q_values = slow_forward(w, obs, agent.args, noise).exp() @ agent.target.support.double()
-    assert torch.equal(agent.act(obs), q_values.argmax(1))
+    for _ in range(8):
+        agent.target.sample_noise(agent.generator)
+        w, noise = doubles(agent.target.named_parameters()), doubles(agent.target.named_buffers())
+        q_values = slow_forward(w, obs, agent.args, noise).exp() @ agent.target.support.double()
+        assert torch.equal(agent.act(obs), q_values.argmax(1))
 
 
 def test_observations_and_next_observations_are_augmented_apart(monkeypatch):
-    agent, replay, seen, original = make_agent(aug_shift=4), FixedReplay(), [], atari.augment
+    agent, replay = make_agent(aug_shift=3, aug_intensity=0.5), FixedReplay()
+    seen, settings, original = [], [], atari.augment
+
+    def spy(*call):
+        settings.append(call[1:3])
+        seen.append(original(*call))
+        return seen[-1]
+
     replay.batch = replay.batch._replace(next_obs=replay.batch.obs)
-    monkeypatch.setattr(atari, "augment", lambda *call: seen.append(original(*call)) or seen[-1])
+    monkeypatch.setattr(atari, "augment", spy)
     agent.update(replay)
     images, next_images = seen
+    assert settings == [(3, 0.5)] * 2
     assert not any(torch.equal(a, b) for a, b in zip(images, next_images, strict=True))
 
 
@@ -328,6 +340,7 @@ def test_a_reset_renews_optimizer_and_head_the_same_in_both_networks(alpha):
         else:
             assert len(w.unique()) == 1  # sigma and LayerNorm, which begin as constants
     bound, mu = 3136**-0.5, heads[0]["value.hidden.weight_mu"]
+    assert heads[0]["value.hidden.weight_sigma"][0, 0] == pytest.approx(0.3 * bound)
     assert mu.abs().max() <= bound and mu.std() == pytest.approx(bound / 3**0.5, rel=0.02)
 
 

@@ -55,6 +55,13 @@ def settings(name, flags, **env):
     return {args.exp_name: tuple(getattr(args, flag) for flag in flags.split()) for args in runs}
 
 
+def test_what_the_report_ignores_is_what_a_continued_run_may_change():
+    """And what tells runs of one setting apart."""
+    dmc = importlib.import_module("plastic_drq_sac_dmc")
+    own = {"env_id", "seed", "exp_name", "pretrained_path"}
+    assert own | atari.MAY_CHANGE | dmc.MAY_CHANGE == report.APART
+
+
 def test_each_line_is_one_that_its_script_takes_and_a_name_means_one_setting():
     """Lines that differ in game and seed alone are parsed once."""
     grids = {name: grid(name).stdout.splitlines() for name in LINES}

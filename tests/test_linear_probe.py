@@ -38,6 +38,8 @@ def test_r_squared_against_least_squares():
     residual = state[test] - design[test] @ weights
     expected = 1 - (residual**2).mean(0) / state[test].var(0)
     assert linear_probe.r_squared(features, state, ENVS) == pytest.approx(expected, abs=0.01)
+    state[(ENVS >= 10) & (ENVS < 12)] *= -1  # these choose the penalty: now the largest one
+    assert (linear_probe.r_squared(features, state, ENVS) < 0.01).all()
 
 
 def test_the_stacks_and_the_state_belong_together():
@@ -89,7 +91,7 @@ def test_random_blocks_have_the_statistics_of_the_frames_to_five_digits():
     torch.testing.assert_close(blocks[1].running_var, hidden.var(1).float(), rtol=1e-4, atol=0)
 
 
-def test_a_model_without_pretraining_is_no_better_than_before_it(tmp_path, capsys, monkeypatch):
+def test_the_column_before_pretraining_is_the_encoder_of_that_seed(tmp_path, capsys, monkeypatch):
     """By the sum of the features, which is quicker than a fit."""
     monkeypatch.setattr(linear_probe, "r_squared", lambda x, state, envs: x.sum() * state.mean(0))
     torch.manual_seed(1)

@@ -36,7 +36,7 @@ def test_ranks_of_matrices_whose_singular_values_are_known():
 
 
 @pytest.mark.parametrize("features", [[[0.0, 0.0]], [[1.0, math.nan]], [[math.inf, 1.0]]])
-def test_features_of_which_none_or_not_all_are_numbers_have_no_rank(features):
+def test_features_that_are_all_zero_or_not_all_finite_have_no_rank(features):
     assert all(math.isnan(rank) for rank in ranks(torch.tensor(features)))
 
 

@@ -134,7 +134,7 @@ def test_resume_begins_goes_on_refuses_other_flags_by_name_and_leaves_a_finished
     assert contents(run_dir) == before
 
 
-def test_flags_that_change_nothing_of_the_run_may_change(case, play, run_dir, tmp_path):
+def test_a_run_goes_on_in_another_place_with_other_intervals(case, play, run_dir, tmp_path):
     stopped(play, case)
     shutil.move(run_dir, tmp_path / "moved" / case.dir)
     flags = dict(log_interval=5, checkpoint_interval=7, cuda_graph=False, torch_threads=2)
@@ -363,14 +363,16 @@ def test_a_number_that_is_not_finite_ends_the_run(case, play, run_dir, monkeypat
 
 
 @only("dmc")
-def test_weights_that_are_not_finite_are_not_evaluated(case, play, monkeypatch):
+def test_weights_that_are_not_finite_are_neither_evaluated_nor_played(case, play, monkeypatch):
     """MuJoCo cannot simulate their actions."""
     broken, original = [], case.script.td_loss
     faulty = lambda *call: original(*call) * (math.nan if broken else 1)  # noqa: E731
     monkeypatch.setattr(case.script, "td_loss", faulty)
-    flags = dict(log_interval=1000, checkpoint_interval=0, eval_interval=16)
-    with pytest.raises(SystemExit, match=r"step 16: \w+ is not finite"):
-        play(case, {15: lambda: broken.append(0)}, **flags)
+    for step, flags in ((16, dict(eval_interval=16)), (17, {})):
+        broken.clear()
+        flags |= dict(log_interval=1000, checkpoint_interval=0)
+        with pytest.raises(SystemExit, match=rf"step {step}: \w+ is not finite"):
+            play(case, {15: lambda: broken.append(0)}, **flags)
 
 
 def test_weights_and_biases_goes_on_under_the_same_id(case, play, monkeypatch):
@@ -395,7 +397,7 @@ BAD_FLAGS = {
     "all": """
         --exp-name a/b | --exp-name .. | --exp-name bell\a | --resume --overwrite | --batch-size 0
         --torch-threads 100000 | --learning-rate inf | --learning-rate 0 | --sam-rho -0.1
-        --checkpoint-interval soon | --track => pip install wandb
+        --track => pip install wandb
         --device cuda => PyTorch finds no CUDA device
     """,
     "atari": """
@@ -417,7 +419,7 @@ BAD_FLAGS = {
         --shrink-perturb-alpha 0.5 --reset-interval 0
     """,
     "finetune": """
-        --env-id Alein => Alien
+        --env-id Alein => Alien | --seed 200001
         --video-dir . => --mode pretrain
         --pretrained-path x => one of them | --no-from-scratch => --from-scratch
         --no-from-scratch --pretrained-path missing.pth => missing.pth | --v-min 10
@@ -519,20 +521,21 @@ def test_after_random_actions_the_agent_acts_and_what_happens_is_stored(case, pl
         assert list(dones) == [time in (6, 10) for time in times]
 
 
-@pytest.mark.parametrize("interval", [10, 23, 46])
+@pytest.mark.parametrize("interval", [10, 23])
 @only(*PLAYING)
 def test_resets_count_updates_and_none_is_on_the_last_step(
     case, interval, play, run_dir, monkeypatch
 ):
-    """By a loop of its own. Steps 8 to 30 have an update each, or two (a replay ratio of 2)."""
+    """By a loop of its own: steps 8 to 30 have three updates each, 69 in all."""
     happened, agent_class = [], case.script.Agent
     update, reset = agent_class.update, agent_class.reset
     monkeypatch.setattr(agent_class, "update", lambda *a: happened.append("u") or update(*a))
     monkeypatch.setattr(agent_class, "reset", lambda *a: happened.append("r") or reset(*a))
-    play(case, reset_interval=interval)
+    ratio = "updates_per_step" if case is CASES["dmc"] else "replay_ratio"
+    play(case, reset_interval=interval, **{ratio: 3})
     expected, updates = [], 0
     for step in range(8, 31):
-        for _ in range(1 if case is CASES["dmc"] else 2):
+        for _ in range(3):
             expected.append("u")
             updates += 1
             if updates % interval == 0 and step < 30:
@@ -566,7 +569,8 @@ def test_no_replay_is_larger_than_its_flag(case, play, kept_agent):
 
 
 @only(*PLAYING)
-def test_the_score_is_the_mean_of_all_games(case, play, run_dir, monkeypatch):
+def test_the_score_is_the_mean_of_all_games(case, play, run_dir, monkeypatch, capsys):
+    """On Alien a random policy has 227.8, a human 7,127.7."""
     replace = runs.replace
 
     def with_three_games(patch, *rest):
@@ -575,8 +579,14 @@ def test_the_score_is_the_mean_of_all_games(case, play, run_dir, monkeypatch):
 
     monkeypatch.setattr(runs, "replace", with_three_games)
     play(case)
-    assert read_result(run_dir)["mean_return"] == 3
-    assert [value for _, value in scalars(run_dir)["eval/mean_return"]] == [3]
+    result, logged = read_result(run_dir), scalars(run_dir)
+    assert "mean return 3.0 over 3 " in capsys.readouterr().out
+    assert result["mean_return"] == 3
+    assert [value for _, value in logged["eval/mean_return"]] == [3]
+    if case is not CASES["dmc"]:
+        score = pytest.approx((3 - 227.8) / (7127.7 - 227.8))
+        assert result["human_normalized_score"] == score
+        assert [value for _, value in logged["eval/human_normalized_score"]] == [score]
 
 
 @only(*PLAYING)
@@ -597,10 +607,10 @@ def test_each_seed_has_random_numbers_of_its_own(case, play, monkeypatch):
 @only("atari", "finetune")
 def test_replay_schedule_and_optimizer_have_the_flags(case, play, run_dir, kept_agent):
     """n = 3; importance weights end with the last update."""
-    play(case, gamma=0.5, adam_eps=0.25, learning_rate=0.125)
+    play(case, gamma=0.5, adam_eps=0.25, learning_rate=0.125, replay_ratio=3)
     agent, replay, *_ = kept_agent
     assert replay.gammas.tolist() == [1, 0.5, 0.25, 0.125]
-    assert agent.num_updates == read_result(run_dir)["gradient_updates"] == 23 * 2
+    assert agent.num_updates == read_result(run_dir)["gradient_updates"] == 23 * 3
     assert (agent.optimizer.defaults["eps"], agent.optimizer.defaults["lr"]) == (0.25, 0.125)
 
 
@@ -667,15 +677,24 @@ def test_a_process_of_its_own_makes_a_short_run(case, tmp_path, run_dir, data, c
 
 @only(*PLAYING)
 def test_a_saved_model_plays_with_its_own_flags_but_for_the_commands(
-    case, play, run_dir, monkeypatch
+    case, play, run_dir, kept_agent, monkeypatch
 ):
+    """It is the target network, or Control's critic and actor, to the last digit."""
     play(case, save_model=True)
     played, args = [], dict(evaluate=str(run_dir / "model.pth"), seed=9, eval_episodes=7)
     monkeypatch.setattr(case.script, "evaluate", lambda *call: played.append(call) or [1.0])
     if case is not CASES["dmc"]:
         args |= dict(env_id="Pong", eval_epsilon=0.25)
     case.script.evaluate_saved(case.script.Args(**args))
-    ((_, args, video),) = played
+    ((network, args, video),) = played
+    agent, pairs = kept_agent[0], []
+    if case is CASES["dmc"]:
+        pairs += [(network.actor, agent.actor)]
+        pairs += [(network.critic.backbone, agent.critic.backbone)]
+    else:
+        pairs += [(network, agent.target)]
+    for saved, kept in pairs:
+        torch.testing.assert_close(saved.state_dict(), kept.state_dict(), rtol=0, atol=0)
     assert (args.env_id, args.seed, args.eval_episodes, video) == (case.dir[:-6], 1, 7, None)
     assert case is CASES["dmc"] or args.eval_epsilon == 0.25
 

@@ -67,12 +67,12 @@ def test_a_header_has_what_the_script_imports_with_the_pins_of_requirements_txt(
 # --- What scripts share ---------------------------------------------------------------------------
 
 OWN = {  # of the same name and purpose, but about each script's own data
-    "": "Args Counters run train save_checkpoint load_checkpoint plasticity_metrics Agent QNetwork "
-    "make_agent evaluate_saved",
+    "": "Args Counters run plasticity_metrics Agent QNetwork make_agent evaluate_saved",
     # The others play Atari.
-    "dmc": "Batch ReplayBuffer make_generators evaluate summary save_gif start_logging finish",
+    "dmc": "Batch ReplayBuffer make_generators evaluate summary save_gif start_logging train "
+    "save_checkpoint load_checkpoint finish",
     # It has neither episodes nor models.
-    "synth": "evaluate start_logging remove_old_files finish",
+    "synth": "evaluate start_logging remove_old_files train save_checkpoint load_checkpoint finish",
 }
 
 
@@ -93,7 +93,8 @@ def test_components_that_scripts_share_are_the_same_word_for_word():
 LIFTED = {  # into a file of its own, with these lines before it
     "NoisyLinear": "import math\n",
     "ReplayBuffer": "from typing import NamedTuple\nimport numpy as np\nFRAME_STACK = 4\n",
-    "sam_perturbed": "from collections.abc import *\nfrom contextlib import contextmanager\n",
+    "sam_perturbed": "from collections.abc import Iterator\n"
+    "from contextlib import contextmanager\n",
     "CReLU": "",
     "PixelLayerNorm": "",
     "reset_optimizer": "",

@@ -69,7 +69,9 @@ METHODS = {
     "CReLU, all": BASE | dict(crelu=True, crelu_scope="all"),
     "PLASTIC": {},
     "L2 Init, clipped": BASE | dict(l2_init=True, weight_clip=0.5),
-    "PLASTIC, L2 Init, clipped, tortoise": dict(l2_init=True, weight_clip=1, tortoise_interval=1),
+    "PLASTIC, L2 Init, clipped, tortoise": dict(
+        l2_init=True, weight_clip=1, tortoise_interval=1, tortoise_ema=0.9, momentum=0.5
+    ),
 }
 
 
@@ -292,7 +294,8 @@ def plain_loop(args, seed, learning_rate, weight_decay, num_updates):
     initial = slow = flat(w).detach()
     decay, pull = (0.0, weight_decay) if args.l2_init else (weight_decay, 0.0)
     optimizer = torch.optim.SGD(w, learning_rate, args.momentum, weight_decay=decay)
-    mean, std = (np.reshape(x, (3, 1, 1)) for x in (synth.MEAN, synth.STD))
+    mean = np.reshape((0.4914, 0.4822, 0.4465), (3, 1, 1))
+    std = np.reshape((0.2023, 0.1994, 0.2010), (3, 1, 1))
     losses = []
 
     def gradient(w, x, y):
@@ -319,7 +322,7 @@ def plain_loop(args, seed, learning_rate, weight_decay, num_updates):
                 bound = args.weight_clip * layer[0].numel() ** -0.5
                 layer.data.clamp_(-bound, bound)
                 bias.data.clamp_(-bound, bound)
-        slow = 0.999 * slow + 0.001 * flat(w).detach()
+        slow = args.tortoise_ema * slow + (1 - args.tortoise_ema) * flat(w).detach()
     return flat(w), slow, losses
 
 
@@ -344,7 +347,7 @@ def test_every_replica_equals_a_plain_loop(data_dir, grouping, double_precision,
 @pytest.mark.parametrize(
     "grouping", ["cuda" if torch.cuda.is_available() else "all at once"], indirect=True
 )
-@pytest.mark.parametrize("method", ["base", "PLASTIC, L2 Init, clipped, tortoise"])
+@pytest.mark.parametrize("method", ["PLASTIC, L2 Init, clipped, tortoise"])
 def test_a_cuda_graph_does_what_the_eager_update_does(data_dir, grouping, method, monkeypatch):
     """Without CUDA by stand-ins: capture() leaves no trace; nothing waits, no tensor moves."""
     capture, ends = synth.capture, []
