@@ -1469,7 +1469,7 @@ def remove_old_files(run_dir: Path) -> None:
 
 
 def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> SummaryWriter:
-    """TensorBoard and, with --track, Weights & Biases; an old run's files go with --overwrite."""
+    """TensorBoard after `step`, with --track W&B, too; an old run's files go with --overwrite."""
     if args.track:
         import wandb
 
