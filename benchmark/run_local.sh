@@ -4,8 +4,8 @@
 #     bash benchmark/table1_atari.sh | bash benchmark/run_local.sh -j 3
 #
 #     -j N              lines at a time on each GPU, or in all where there is none (default 1)
-#     --mps, --no-mps   with or without CUDA MPS, which lets processes share a GPU (default: with, where it is installed
-#                       and N > 1, but for DeepMind Control); started here, and stopped at the end
+#     --no-mps          without CUDA MPS, by which processes share a GPU; else it is started where it is installed and N > 1
+#                       (but for DeepMind Control), and stopped at the end
 #     --logs DIR        where each grid gets a directory (default runs/grids, from here), named by the checksum of its lines: it holds
 #                       the log and the exit code of each line
 #
@@ -15,7 +15,7 @@
 set -euo pipefail
 unset CDPATH
 
-jobs=1 mps=auto logs=runs/grids
+jobs=1 mps=yes logs=runs/grids
 while [[ $# -gt 0 ]]; do
     case $1 in
         -j | --logs)
@@ -27,9 +27,8 @@ while [[ $# -gt 0 ]]; do
             shift
             ;;
         -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
-        --mps) mps=yes ;;
         --no-mps) mps=no ;;
-        *) echo "error: $1: the flags are -j N, --mps, --no-mps, --logs DIR" >&2 && exit 2 ;;
+        *) echo "error: $1: the flags are -j N, --no-mps, --logs DIR" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -60,7 +59,8 @@ else
     gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null) || gpus=""
 fi
 gpus=$(tr ',\n' '  ' <<< "$gpus")
-at_once=$((jobs * ($(wc -w <<< "$gpus") > 0 ? $(wc -w <<< "$gpus") : 1)))
+number_of_gpus=$(wc -w <<< "$gpus")
+at_once=$((jobs * (number_of_gpus > 0 ? number_of_gpus : 1)))
 threads=$(($(nproc) / at_once))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export GRID_DIR=$dir GRID_GPUS=$gpus
@@ -76,10 +76,8 @@ run_line() { # SLOT NUMBER: run line NUMBER, on the GPU of this slot (from 0); n
 export -f run_line
 
 # DeepMind Control renders on the GPU, which crawled and died under MPS.
-if [[ $mps == auto && $grid != *plastic_drq_sac_dmc.py* && -n ${gpus// /} && $jobs -gt 1 ]] && command -v nvidia-cuda-mps-control > /dev/null; then
-    mps=yes
-fi
-if [[ $mps == yes ]]; then
+[[ $grid != *plastic_drq_sac_dmc.py* && $number_of_gpus -gt 0 && $jobs -gt 1 ]] || mps=no
+if [[ $mps == yes ]] && command -v nvidia-cuda-mps-control > /dev/null; then
     CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) # a short path: it will hold sockets
     export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY=$dir
     # The daemon would number the GPUs of CUDA_VISIBLE_DEVICES anew; the lines name them by their own numbers.
@@ -110,18 +108,15 @@ while kill -0 "$session" 2> /dev/null; do
 done
 while pgrep -s "$session" > /dev/null; do sleep 0.1; done
 
-failed=0
-for number in $(seq "$number_of_lines"); do
-    code=$(cat "$dir/$number.exit" 2> /dev/null || echo none)
-    if [[ $code != 0 && $stopped == 0 ]]; then
-        failed=$((failed + 1))
-        echo "failed, exit code $code: $(sed -n "${number}p" "$dir/grid.txt")" >&2
-        echo "    $dir/$number.log: $(tail -n 1 "$dir/$number.log" 2> /dev/null)" >&2
-    fi
-done
 if [[ $stopped != 0 ]]; then
     echo "stopped; the same command goes on" >&2
     exit "$stopped"
 fi
+failed=0
+for number in $(left); do
+    failed=$((failed + 1))
+    echo "failed, exit code $(cat "$dir/$number.exit" 2> /dev/null || echo none): $(sed -n "${number}p" "$dir/grid.txt")" >&2
+    echo "    $dir/$number.log: $(tail -n 1 "$dir/$number.log" 2> /dev/null)" >&2
+done
 echo "$((number_of_lines - failed)) of $number_of_lines lines done; logs in $dir"
 [[ $failed == 0 ]]
