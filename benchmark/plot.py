@@ -138,11 +138,21 @@ def training_means(episodes: np.ndarray, length: int, parts: int = 10) -> np.nda
     return pd.Series(episodes[:, 1]).groupby(middles).mean().reset_index().to_numpy()
 
 
+def reset_steps(args: dict, length: int) -> np.ndarray:
+    """Environment steps [resets] in which a run of this length was reset: never in its last."""
+    per_step = args.get("replay_ratio") or args.get("updates_per_step", 1)
+    repeat, every = args.get("action_repeat", 1), args.get("reset_interval", 0)
+    updates = (length // repeat - args["learning_starts"]) * per_step  # without the last step's
+    counts = np.arange(every, updates + 1, every) if every else np.empty(0)
+    return repeat * (args["learning_starts"] - 1 + np.ceil(counts / per_step))
+
+
 def learning_curves(runs: pd.DataFrame, path: Path) -> None:
     """A panel per task: mean return of each evaluation, a line per run, a colour per exp-name.
 
     A run that was evaluated once is a dot there, and a line without dots for its training episodes.
-    Where runs have the paper's length, a diamond is the mean that the paper prints.
+    Where runs have the paper's length, a diamond is the mean that the paper prints. Dotted
+    vertical lines are resets, a gray band is the range of public seeds of the base.
     """
     runs = runs[["eval/mean_return" in curves for curves in runs.curves]]
     if runs.empty:
@@ -165,6 +175,13 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
                 label = f"{method(run.exp_name)}, the paper"
                 options = dict(mfc="none", ms=8, color=colour, label=label)
                 axis.plot(run.steps / 1000, run.paper, "D", **options)
+            for step in reset_steps(run.args, run.steps):
+                axis.axvline(step / 1000, color=colour, linestyle=":", linewidth=1)
+        steps, mean, low, high = own.public.iloc[0].T
+        if len(steps):
+            label = "base, ten public seeds"
+            axis.plot(steps / 1000, mean, "o-", color="gray", ms=3, label=label)
+            axis.fill_between(steps / 1000, low, high, color="gray", alpha=0.2, linewidth=0)
         for returns, style, label in (
             (random_returns(own), "--", "random policy"),
             (own.constant.iloc[0], ":", "best constant action"),
@@ -176,15 +193,6 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
         axis.set(title=task, ylabel=f"mean return{key}")
     legend(figure)
     save(figure, path)
-
-
-def reset_steps(args: dict, length: int) -> np.ndarray:
-    """Environment steps [resets] in which a run of this length was reset: never in its last."""
-    per_step = args.get("replay_ratio") or args.get("updates_per_step", 1)
-    repeat, every = args.get("action_repeat", 1), args.get("reset_interval", 0)
-    updates = (length // repeat - args["learning_starts"]) * per_step  # without the last step's
-    counts = np.arange(every, updates + 1, every) if every else np.empty(0)
-    return repeat * (args["learning_starts"] - 1 + np.ceil(counts / per_step))
 
 
 def figure4(runs: pd.DataFrame, path: Path) -> None:

@@ -42,7 +42,7 @@ from plastic_drq_rainbow_atari import RANDOM_HUMAN, human_normalized_score
 
 
 def paper(name: str) -> pd.DataFrame:
-    """A table of the paper; of Tables 1 to 4 with the exp-names of our runs."""
+    """A table of the paper, or beside it; Tables 1 to 4 have the exp-names of our runs."""
     return pd.read_csv(Path(__file__).parent / "paper" / f"{name}.csv")
 
 
@@ -402,7 +402,9 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
     curves: {TensorBoard tag: [points, 2]}, environment steps and values. first, late: returns of
     its own episodes before learning starts, and of those that end in the last quarter of its steps.
     random, constant: returns of such policies on the same task, whose own runs are left out.
-    paper: the mean return that the paper prints, at its full length.
+    paper: the mean return that the paper prints, at its full length. public: on DeepMind Control,
+    [points, 4], early evaluations of the ten seeds that the paper took as its base (Nikishin et
+    al., 2022), on three tasks: steps, mean, lowest, highest.
     """
     printed = {
         (benchmark, EXP_NAMES[column], task): value
@@ -411,6 +413,7 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
         for task, value in values.items()
         if column in EXP_NAMES
     }
+    seeds = paper("dmc_base_public").set_index("task")
     policy = runs.args.map(fixed_policy)
     fixed = runs.groupby(["benchmark", "task", policy]).returns.sum()  # lists, one after the other
     rows = runs[policy == ""].to_dict("records")
@@ -427,6 +430,7 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
         run["first"] = returns[steps <= first_steps].tolist()
         run["late"] = returns[steps > 0.75 * run["steps"]].tolist()
         run["paper"] = printed.get((run["benchmark"], run["exp_name"], run["task"]), np.nan)
+        run["public"] = seeds[seeds.index == run["task"]].to_numpy()
         for name in ("random", "constant"):
             run[name] = fixed.get((run["benchmark"], run["task"], name), [])
     if not rows:

@@ -441,24 +441,29 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     scalars = curves([(500, 95), (1000, 400)], episodes)
     write_run(tmp_path, "walker-run", "base", 2, 400.0, scalars=scalars, **control)
     scalars = curves([(1000, 800)], [(120, 97), (200, 101), (201, 7)])
-    write_run(tmp_path, "reacher-easy", "plastic", 1, 800.0, scalars=scalars, **control)
+    control["reset_interval"] = 1000  # updates; 2 a step, the first after 100 steps
+    write_run(tmp_path, "hopper-hop", "plastic", 1, 800.0, scalars=scalars, **control)
     assert printed(capsys, runs=(tmp_path,), plot=tmp_path) == [
-        "| reacher-easy | plastic | 2,000 |  |  |  | 800.0 | 1 | 879.7 | 2.0 |",
+        "| hopper-hop | plastic | 2,000 |  |  |  | 800.0 | 1 | 254.6 | 2.0 |",
         "| walker-run | base | 2,000 | 30.0 (3 episodes) |  | 55.0 (2) | 350.0 [300.0, 400.0] | 2 "
         "| 632.9 | 2.0 |",
     ]
     assert set(figures) == {"curves.png"}
-    reacher, walker = figures["curves.png"].axes[:2]
-    assert [axis.get_title() for axis in (reacher, walker)] == ["reacher-easy", "walker-run"]
+    hopper, walker = figures["curves.png"].axes[:2]
+    assert [axis.get_title() for axis in (hopper, walker)] == ["hopper-hop", "walker-run"]
     lines = [line.get_xydata().tolist() for line in walker.get_lines()]
     assert lines[:2] == [[[1.0, 90.0], [2.0, 300.0]], [[1.0, 95.0], [2.0, 400.0]]]
-    assert {y for _, y in lines[2]} == {30.0}
-    training, evaluation = [line.get_xydata().tolist() for line in reacher.get_lines()]
+    assert lines[2][:2] == [[10.0, 24.3], [20.0, 57.9]]  # the public seeds, mean and range
+    band = walker.collections[-1].get_paths()[0].vertices.tolist()
+    assert [10.0, 21.6] in band and [10.0, 28.8] in band
+    assert {y for _, y in lines[3]} == {30.0}
+    training, evaluation, reset = [line.get_xydata().tolist() for line in hopper.get_lines()]
     assert (training, evaluation) == ([[0.3, 99.0], [0.5, 7.0]], [[2.0, 800.0]])  # by tenths
-    assert ["lines: training" in axis.get_ylabel() for axis in (reacher, walker)] == [True, False]
+    assert {x for x, _ in reset} == {1.198}
+    assert ["lines: training" in axis.get_ylabel() for axis in (hopper, walker)] == [True, False]
     assert "D" not in {line.get_marker() for line in walker.get_lines()}  # too short a run
     legend = [text.get_text() for text in figures["curves.png"].legends[0].get_texts()]
-    assert legend == ["PLASTIC", "base", "random policy"]
+    assert legend == ["PLASTIC", "base", "base, ten public seeds", "random policy"]
 
 
 def test_policies_that_learn_nothing_are_measured_apart(tmp_path, capsys, figures):
