@@ -310,8 +310,7 @@ def test_a_signal_lets_lines_write_their_checkpoints_and_leaves_no_process(tmp_p
         ("run_local", "-j 0", "true", "number"),
         ("run_local", "-j", "true", "needs a value"),
         ("run_local", "", "", "no lines"),
-        ("run_slurm", "--gpus a100:1", "true", "numbers"),
-        ("run_slurm", "--logs a,b", "true", "path"),
+        ("run_slurm", "--jobs 1.5", "true", "numbers"),
         ("run_slurm", "--cpus", "true", "needs a value"),
     ],
 )
@@ -337,7 +336,7 @@ def slurm_works():
 needs_slurm = pytest.mark.skipif(
     not slurm_works(), reason="no Slurm at work here (Debian: slurm-wlm, munge)"
 )
-SLURM = ("--gpus", "0", "--cpus", "1", "--per-gpu", "2")
+SLURM = ("--cpus", "1", "--per-gpu", "2")
 
 
 @needs_slurm
@@ -353,7 +352,8 @@ def test_a_slurm_array_of_tiny_runs_one_of_them_killed_and_queued_again(tmp_path
     assert len(lines) == 4
     code, output, error = run("run_slurm", tmp_path, lines, *SLURM, "--jobs", "1")
     assert code == 0, error
-    job = re.search(r"array (\d+), 2 tasks", output)[1]
+    assert output.startswith("2 of 2 tasks")
+    job = re.search(r"Submitted batch job (\d+)", output)[1]
     code, _, error = run("run_slurm", tmp_path, lines, *SLURM)
     assert code == 1 and "queued or running" in error
     end, name = time.monotonic() + 600, f"grid-{next((tmp_path / 'logs').iterdir()).name}"
@@ -377,32 +377,41 @@ def test_a_slurm_array_of_tiny_runs_one_of_them_killed_and_queued_again(tmp_path
 
 @needs_slurm
 def test_a_failing_line_under_slurm(tmp_path):
-    lines = ["echo fine", "echo wrong; exit 4", "true"]
-    code, output, error = run("run_slurm", tmp_path, lines, *SLURM, "--wait")
-    assert code == 1 and "2 of 3 lines done" in output
-    assert "failed, exit code 4: echo wrong; exit 4" in error
-    assert error.strip().endswith("2.log: wrong")
+    lines = ["echo fine $OMP_NUM_THREADS", "echo wrong; exit 4", "true"]
+    code, output, _ = run("run_slurm", tmp_path, lines, *SLURM, "--wait")
+    assert code == 1 and output.startswith("2 of 2 tasks")
+    assert [logs(tmp_path)[f"{i}.log"] for i in (1, 2, 3)] == ["fine 1\n", "wrong\n", ""]
+    assert [logs(tmp_path)[f"{i}.exit"] for i in (1, 2, 3)] == ["0\n", "4\n", "0\n"]
+    (which,) = re.findall("grep .*", output)
+    failed = subprocess.run(which, shell=True, capture_output=True, text=True).stdout
+    assert [Path(path).name for path in failed.split()] == ["2.exit"]
     # What has failed is left to do.
     assert "--array 0-0%64 " in run("run_slurm", tmp_path, lines, *SLURM, "--dry-run")[1]
+    assert logs(tmp_path)["todo"] == "2\n"
 
 
 def test_arrays_of_slurm(tmp_path):
-    """With stand-ins for it: one that takes a single array of 10, or what --submit says."""
-    full, lines = tmp_path / "full", ["true"] * 50
+    """With stand-ins for it, whose arrays have 10 tasks at most; --submit says fewer."""
+    lines, told = ["true"] * 50, tmp_path / "told"
     stand_in(tmp_path, "squeue", "")
     stand_in(tmp_path, "scontrol", "echo MaxArraySize = 10")
-    stand_in(tmp_path, "sbatch", f"test -e {full} && exit 1; touch {full}; echo 7")
-    flags = "--dry-run --jobs 7 --partition gpu --time 5".split()
-    first, second, third = run("run_slurm", tmp_path, lines, *SLURM, *flags)[1].splitlines()
-    arrays = [re.search(r"--array (\S+) ", line)[1] for line in (first, second, third)]
-    assert arrays == ["0-9%7", "0-9%7", "0-4%7"]
-    assert "dependency" not in first and "afterany:" in second and "GRID_OFFSET=20," in third
-    assert "--partition gpu" in first and "--time 5" in first and "--requeue" in first
-
+    stand_in(tmp_path, "sbatch", f'echo "$@" > {told}; echo Submitted batch job 7')
+    for flags, array in ((("--submit", "8"), "0-7%7"), ((), "0-9%7")):
+        others = "--jobs 7 --partition gpu --gres gpu:1 --time 5".split()
+        code, output, error = run("run_slurm", tmp_path, lines, *SLURM, *others, *flags)
+        assert (code, error) == (0, "") and output.endswith("Submitted batch job 7\n")
+        assert output.startswith(f"{8 if flags else 10} of 25 tasks; the same command goes on")
+        assert f"--array {array} --requeue " in told.read_text()
+        assert "--cpus-per-task 2 " in told.read_text()
+        assert " --partition gpu --gres gpu:1 --time 5 /" in told.read_text()
+    told.unlink()
+    dry_run = run("run_slurm", tmp_path, lines, *SLURM, "--dry-run")
+    assert dry_run[0] == 0 and dry_run[1].startswith("sbatch --job-name grid-")
+    assert not told.exists()
+    stand_in(tmp_path, "squeue", "echo 7")
+    code, output, error = run("run_slurm", tmp_path, lines, *SLURM)
+    assert (code, output) == (1, "") and "queued or running" in error
+    stand_in(tmp_path, "squeue", "")
+    stand_in(tmp_path, "sbatch", "echo too many jobs >&2; exit 3")
     code, _, error = run("run_slurm", tmp_path, lines, *SLURM)
-    assert (code, error.count("\n")) == (1, 1)
-    assert "10 of 25 tasks are submitted, the same command goes on" in error
-    full.unlink()
-    code, output, error = run("run_slurm", tmp_path, lines, *SLURM, "--submit", "8")
-    assert (code, error) == (0, "")
-    assert "array 7, 8 tasks\n8 of 25 tasks are submitted, the same" in output
+    assert (code, error) == (3, "too many jobs\n")
