@@ -176,7 +176,8 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
                 options = dict(mfc="none", ms=8, color=colour, label=label)
                 axis.plot(run.steps / 1000, run.paper, "D", **options)
             for step in reset_steps(run.args, run.steps):
-                axis.axvline(step / 1000, color=colour, linestyle=":", linewidth=1)
+                label = f"{method(run.exp_name)}, resets"
+                axis.axvline(step / 1000, color=colour, linestyle=":", linewidth=1, label=label)
         steps, mean, low, high = own.public.iloc[0].T
         if len(steps):
             label = "base, ten public seeds"

@@ -402,9 +402,9 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
     curves: {TensorBoard tag: [points, 2]}, environment steps and values. first, late: returns of
     its own episodes before learning starts, and of those that end in the last quarter of its steps.
     random, constant: returns of such policies on the same task, whose own runs are left out.
-    paper: the mean return that the paper prints, at its full length. public: on DeepMind Control,
-    [points, 4], early evaluations of the ten seeds that the paper took as its base (Nikishin et
-    al., 2022), on three tasks: steps, mean, lowest, highest.
+    paper: the mean return that the paper prints, at its full length. public: on three tasks of
+    DeepMind Control with 64x64 images, [points, 4], early evaluations of the ten seeds that the
+    paper took as its base (Nikishin et al., 2022): steps, mean, lowest, highest.
     """
     printed = {
         (benchmark, EXP_NAMES[column], task): value
@@ -430,7 +430,8 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
         run["first"] = returns[steps <= first_steps].tolist()
         run["late"] = returns[steps > 0.75 * run["steps"]].tolist()
         run["paper"] = printed.get((run["benchmark"], run["exp_name"], run["task"]), np.nan)
-        run["public"] = seeds[seeds.index == run["task"]].to_numpy()
+        same = (seeds.index == run["task"]) & (run["args"].get("image_size") == 64)
+        run["public"] = seeds[same].to_numpy()
         for name in ("random", "constant"):
             run[name] = fixed.get((run["benchmark"], run["task"], name), [])
     if not rows:

@@ -434,7 +434,7 @@ def curves(evaluations, episodes):
 
 
 def test_returns_and_curves(tmp_path, capsys, figures):
-    control = dict(script=DMC, steps=2000, action_repeat=2)
+    control = dict(script=DMC, steps=2000, action_repeat=2, image_size=64)
     scalars = curves([(500, 90), (1000, 300)], [(50, 20), (100, 40), (150, 77)])
     write_run(tmp_path, "walker-run", "base", 1, 300.0, scalars=scalars, **control)
     episodes = [(50, 30), (150, 99), (750, 98), (751, 50), (900, 60)]
@@ -463,7 +463,8 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     assert ["lines: training" in axis.get_ylabel() for axis in (hopper, walker)] == [True, False]
     assert "D" not in {line.get_marker() for line in walker.get_lines()}  # too short a run
     legend = [text.get_text() for text in figures["curves.png"].legends[0].get_texts()]
-    assert legend == ["PLASTIC", "base", "base, ten public seeds", "random policy"]
+    labels = ["PLASTIC", "PLASTIC, resets", "base", "base, ten public seeds", "random policy"]
+    assert legend == labels
 
 
 def test_policies_that_learn_nothing_are_measured_apart(tmp_path, capsys, figures):
