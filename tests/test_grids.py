@@ -311,6 +311,7 @@ def test_a_signal_lets_lines_write_their_checkpoints_and_leaves_no_process(tmp_p
         ("run_local", "-j", "true", "needs a value"),
         ("run_local", "", "", "no lines"),
         ("run_slurm", "--jobs 1.5", "true", "numbers"),
+        ("run_slurm", "--logs a%j", "true", "another --logs"),
         ("run_slurm", "--cpus", "true", "needs a value"),
     ],
 )
@@ -352,7 +353,7 @@ def test_a_slurm_array_of_tiny_runs_one_of_them_killed_and_queued_again(tmp_path
     assert len(lines) == 4
     code, output, error = run("run_slurm", tmp_path, lines, *SLURM, "--jobs", "1")
     assert code == 0, error
-    assert output.startswith("2 of 2 tasks")
+    assert output.startswith("submitting 2 of 2 tasks")
     job = re.search(r"Submitted batch job (\d+)", output)[1]
     code, _, error = run("run_slurm", tmp_path, lines, *SLURM)
     assert code == 1 and "queued or running" in error
@@ -378,16 +379,38 @@ def test_a_slurm_array_of_tiny_runs_one_of_them_killed_and_queued_again(tmp_path
 @needs_slurm
 def test_a_failing_line_under_slurm(tmp_path):
     lines = ["echo fine $OMP_NUM_THREADS", "echo wrong; exit 4", "true"]
-    code, output, _ = run("run_slurm", tmp_path, lines, *SLURM, "--wait")
-    assert code == 1 and output.startswith("2 of 2 tasks")
+    code, output, error = run("run_slurm", tmp_path, lines, *SLURM, "--wait")
+    assert (code, error) == (1, "") and output.startswith("submitting 2 of 2 tasks")
     assert [logs(tmp_path)[f"{i}.log"] for i in (1, 2, 3)] == ["fine 1\n", "wrong\n", ""]
     assert [logs(tmp_path)[f"{i}.exit"] for i in (1, 2, 3)] == ["0\n", "4\n", "0\n"]
-    (which,) = re.findall("grep .*", output)
-    failed = subprocess.run(which, shell=True, capture_output=True, text=True).stdout
-    assert [Path(path).name for path in failed.split()] == ["2.exit"]
-    # What has failed is left to do.
-    assert "--array 0-0%64 " in run("run_slurm", tmp_path, lines, *SLURM, "--dry-run")[1]
-    assert logs(tmp_path)["todo"] == "2\n"
+    # What has failed is named, and left to do.
+    code, output, error = run("run_slurm", tmp_path, lines, *SLURM, "--dry-run")
+    assert code == 0 and "--array 0-0%64 " in output
+    first, second = error.strip().splitlines()
+    assert first == f"failed before, exit code 4: {lines[1]}" and second.endswith("2.log: wrong")
+
+
+@needs_slurm
+def test_a_line_that_ended_is_not_run_again_when_its_task_is_cancelled(tmp_path):
+    """The other one is stopped by SIGTERM; lines not begun come before it next time."""
+    program = tmp_path / "long.py"
+    program.write_text(LONG)
+    lines = ["echo once", f"{sys.executable} {program}", "true"]
+    assert run("run_slurm", tmp_path, lines, *SLURM, "--submit", "1")[0] == 0
+    end, name = time.monotonic() + 120, f"grid-{next((tmp_path / 'logs').iterdir()).name}"
+    while logs(tmp_path).get("2.log") != "ready\n" or "1.exit" not in logs(tmp_path):
+        assert time.monotonic() < end, logs(tmp_path)
+        time.sleep(0.1)
+    subprocess.run(["scancel", "-n", name], check=True)
+    while subprocess.run(["squeue", "-h", "-n", name], capture_output=True).stdout:
+        assert time.monotonic() < end, logs(tmp_path)
+        time.sleep(0.1)
+    found = logs(tmp_path)
+    assert (found["1.exit"], found["2.log"]) == ("0\n", "ready\nsaved\n")
+    assert found["2.exit"] == "143\n" and "3.exit" not in found
+    assert run("run_slurm", tmp_path, lines, *SLURM, "--submit", "1", "--hold")[0] == 0
+    subprocess.run(["scancel", "-n", name], check=True)
+    assert logs(tmp_path)["todo"] == "3\n2\n"
 
 
 def test_arrays_of_slurm(tmp_path):
@@ -400,10 +423,10 @@ def test_arrays_of_slurm(tmp_path):
         others = "--jobs 7 --partition gpu --gres gpu:1 --time 5".split()
         code, output, error = run("run_slurm", tmp_path, lines, *SLURM, *others, *flags)
         assert (code, error) == (0, "") and output.endswith("Submitted batch job 7\n")
-        assert output.startswith(f"{8 if flags else 10} of 25 tasks; the same command goes on")
-        assert f"--array {array} --requeue " in told.read_text()
+        assert output.startswith(f"submitting {8 if flags else 10} of 25 tasks; logs in")
+        assert told.read_text().startswith("--partition gpu --gres gpu:1 --time 5 --job-name grid-")
+        assert f" --array {array} --requeue " in told.read_text()
         assert "--cpus-per-task 2 " in told.read_text()
-        assert " --partition gpu --gres gpu:1 --time 5 /" in told.read_text()
     told.unlink()
     dry_run = run("run_slurm", tmp_path, lines, *SLURM, "--dry-run")
     assert dry_run[0] == 0 and dry_run[1].startswith("sbatch --job-name grid-")
