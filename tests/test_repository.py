@@ -173,9 +173,9 @@ def test_readme_shows_the_table_that_results_opens_with():
     assert README.split("\n\n").count(claims) == 1
 
 
-ELSEWHERE = """--help --actions --logdir --json --script --plot --rounds --model --no-mps --jobs
---partition --per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
---readme --wait"""  # of others
+ELSEWHERE = """--help --actions --logdir --json --script --plot --rounds --model --no-mps
+--partition --gres --per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
+--readme"""  # of others
 
 
 def test_pages_name_only_flags_that_exist():
