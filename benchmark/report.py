@@ -229,10 +229,10 @@ def choose(runs: pd.DataFrame, benchmark: str, exp_name: str) -> pd.DataFrame:
     runs = runs[(runs.benchmark == benchmark) & (runs.exp_name == exp_name)]
     runs = runs[runs.task.isin(tasks)]
     if len(runs):
-        check(runs)
-        steps, expected = runs.steps.iloc[0], plot.FULL_LENGTH.get(benchmark, 100_000)
-        if steps != expected and pd.notna(steps):
-            say(f"{exp_name}: runs of {steps:,} steps, not of {expected:,}")
+        expected = plot.FULL_LENGTH.get(benchmark, 100_000)
+        for steps in runs.steps.dropna().unique():
+            if steps != expected:
+                say(f"{exp_name}: runs of {steps:,} steps, not of {expected:,}")
         if missing := [task for task in tasks if task not in set(runs.task)]:
             there = f"{len(tasks) - len(missing)} of {len(tasks)} tasks"
             say(f"{exp_name}: runs of {there}, none of {', '.join(missing)}")
@@ -303,6 +303,7 @@ def aggregate(runs: pd.DataFrame, benchmark: str, exp_name: str, args: Args) -> 
     if runs.task.nunique() < len(ALL_TASKS[benchmark]) and not args.allow_missing:
         say(f"{exp_name}: no aggregate (--allow-missing makes one of these tasks)")
         return row | {"refused": True}
+    check(runs)
     if benchmark != "dmc":
         pairs = zip(runs.task, runs.score, strict=True)
         runs = runs.assign(score=[human_normalized_score(*pair) for pair in pairs])
@@ -367,7 +368,9 @@ def show_by_task(runs: pd.DataFrame, number: str) -> None:
     table = pd.DataFrame({"task": printed.index}, index=printed.index)
     for column in printed:
         if column in EXP_NAMES:
-            by_task = choose(runs, benchmark, EXP_NAMES[column]).groupby("task").score
+            chosen = choose(runs, benchmark, EXP_NAMES[column])
+            check(chosen)
+            by_task = chosen.groupby("task").score
             table[column] = by_task.mean()
             table[f"{column}, runs"] = by_task.size().reindex(table.index, fill_value=0)
         table[f"{column}, paper"] = printed[column]

@@ -164,14 +164,14 @@ def test_runs_that_cannot_be_put_together(tmp_path):
     write_run(tmp_path / "b", "Pong", "base", 1, 2.0)
     assert "are the same run" in refused(tmp_path)
     write_run(tmp_path / "a", "Pong", "base", 2, 1.0, replay_ratio=4)
-    for table_number in (4, 7):
-        assert "replay_ratio differs: 2 in " in refused(tmp_path / "a", "--table", table_number)
+    for flags in (["4", "--allow-missing"], ["7"]):
+        assert "replay_ratio differs: 2 in " in refused(tmp_path / "a", "--table", *flags)
     write_run(tmp_path / "a", "Alien", "base", 1, 1.0)  # the plain report has the others
     (rows,), error = table(tmp_path / "a")
     assert [row["task"] for row in rows] == ["Alien"] and "replay_ratio differs" in error
     flags = dict(layer_norm=True, reset_interval=9, sam_rho=0)
     write_run(tmp_path / "c", "Pong", "ln_reset", 1, 1.0, crelu=True, **flags)
-    assert "not those of ln_reset" in refused(tmp_path / "c", "--table", "2")
+    assert "not those of ln_reset" in refused(tmp_path / "c", "--table", "9")
     name = "plastic_drq_rainbow_atari"  # the default, which says nothing of the flags
     write_run(tmp_path / "f", "Pong", name, 1, 1.0, crelu=False, **flags)
     assert table(tmp_path / "f")[0][0][0]["run"] == name
