@@ -105,12 +105,20 @@ def line(
     ms: float = 3,
     lw: float = 1.5,
 ) -> None:
-    """Mean and range over runs, of each run's curve [points, 2]; dots of size ms, a line of lw."""
+    """The mean of the runs' curves [points, 2], dots of size ms, a line of lw.
+
+    Thin lines are the runs, from six runs on a band from the lowest to the highest.
+    """
     points = pd.DataFrame(np.concatenate(curves), columns=["step", "value"])
     points = points.groupby("step").value.agg(["min", "mean", "max"])
     steps = points.index / 1000
     axis.plot(steps, points["mean"], "o-", color=colour, label=label, ms=ms, lw=lw)
-    axis.fill_between(steps, points["min"], points["max"], color=colour, alpha=0.15, linewidth=0)
+    if len(curves) > 5:
+        low, high = points["min"], points["max"]
+        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    elif len(curves) > 1:
+        for curve in curves:
+            axis.plot(*(curve / (1000, 1)).T, color=colour, alpha=0.6, lw=0.7)
     axis.set_xlabel("thousand environment steps")
 
 

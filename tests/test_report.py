@@ -531,8 +531,10 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     numbers = "figure1 figure2 figure4 figure5 figure5_dmc figure6 intervals_atari intervals_dmc"
     assert set(figures) == {f"{name}.png" for name in numbers.split()}
     eigenvalue, active, _ = figures["figure4.png"].axes
-    assert len(eigenvalue.get_lines()) == 2 + 3  # base and Reset on Atari; the resets
-    assert eigenvalue.get_lines()[0].get_xydata().tolist() == [[5.0, 2.0], [10.0, 6.0]]
+    mean, *seeds, reset = [line.get_xydata().tolist() for line in eigenvalue.get_lines()[:4]]
+    assert mean == [[5.0, 2.0], [10.0, 6.0]]  # of base; Reset has one run; none of Control
+    assert seeds == [[[5.0, 1.0], [10.0, 4.0]], [[5.0, 3.0], [10.0, 8.0]]] and reset == [[5.0, 7.0]]
+    assert len(eigenvalue.get_lines()) == 4 + 3  # the resets
     # Two updates a step, from step 2,000 on: update 65,333 is the first of step 34,666's, 130,666
     # the second of 67,332's, 195,999 the first of 99,999's. Base has no resets.
     vertical = [line.get_xdata()[0] for line in active.get_lines()]
