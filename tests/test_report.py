@@ -687,3 +687,18 @@ def test_the_results_page_has_what_each_method_adds_to_each_other(task):
             above = accuracy[frozenset(to | {added})] - accuracy[frozenset(to)]
             frame = "**{}**" if (above > 0).all() else "({})" if (above < 0).all() else "{}"
             assert gain == frame.format(f"{above.mean():+.1f}")
+
+
+def test_the_results_page_has_the_figures_of_the_linear_probe():
+    """That table is made by hand, too: both seeds of the pretraining; pixels need none."""
+    text = (ROOT / "benchmark" / "RESULTS.md").read_text()
+    head, _, *rows = text.split("| Breakout |")[1].split("\n\n")[0].splitlines()
+    kinds = head.strip(" |").split(" | ")
+    paths = sorted((ROOT / "benchmark/results/pretraining").glob("*/probe.json"))
+    probes = [json.loads(path.read_text())["r_squared"] for path in paths]
+    assert len(probes) == 2 and len(rows) == len(probes[0])
+    for row in rows:
+        name, *cells = (cell.strip() for cell in row[1:-1].split("|"))
+        for kind, cell in zip(kinds, cells, strict=True):
+            figures = [f"{probe[name][kind]:.3f}" for probe in probes]
+            assert cell == (figures[0] if kind == "pixels" else ", ".join(figures))

@@ -173,7 +173,8 @@ def test_readme_shows_the_table_that_results_opens_with():
     assert README.split("\n\n").count(claims) == 1
 
 
-ELSEWHERE = """--help --actions --logdir --json --script --plot --rounds --model --no-mps
+ELSEWHERE = """--help --actions --logdir --json --script --plot --rounds --model --model-seed
+--no-mps
 --partition --gres --per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
 --readme"""  # of others
 
