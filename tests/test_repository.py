@@ -174,9 +174,8 @@ def test_readme_shows_the_table_that_results_opens_with():
 
 
 ELSEWHERE = """--help --actions --logdir --json --script --plot --rounds --model --model-seed
---no-mps
---partition --gres --per-gpu --time --dry-run --table --scores --benchmark --csv --allow-missing
---readme"""  # of others
+--no-mps --partition --gres --per-gpu --time --dry-run --table --scores --benchmark
+--csv --allow-missing --readme"""  # of others
 
 
 def test_pages_name_only_flags_that_exist():
