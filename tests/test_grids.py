@@ -270,6 +270,7 @@ def test_mps_is_started_and_stopped(tmp_path):
     assert seen.read_text() == "\n"
     told.unlink()
     run("run_local", tmp_path, ["true"], "-j", "2", "--no-mps")
+    run("run_local", tmp_path, ["true"])  # a line at a time
     run("run_local", tmp_path, ["true plastic_drq_sac_dmc.py"], "-j", "2")  # which renders
     assert not told.exists()
 
