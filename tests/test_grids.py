@@ -392,22 +392,33 @@ def test_a_failing_line_under_slurm(tmp_path):
 
 
 @needs_slurm
-def test_a_line_that_ended_is_not_run_again_when_its_task_is_cancelled(tmp_path):
-    """The other one is stopped by SIGTERM; lines not begun come before it next time."""
+def test_a_line_that_ended_is_not_run_again_when_its_task_is(tmp_path):
+    """Queued again, then cancelled: each time SIGTERM stops the other line of the task.
+
+    Next time, lines not begun come before that one.
+    """
     program = tmp_path / "long.py"
     program.write_text(LONG)
     lines = ["echo once", f"{sys.executable} {program}", "true"]
-    assert run("run_slurm", tmp_path, lines, *SLURM, "--submit", "1")[0] == 0
-    end, name = time.monotonic() + 120, f"grid-{next((tmp_path / 'logs').iterdir()).name}"
+    _, output, _ = run("run_slurm", tmp_path, lines, *SLURM, "--submit", "1")
+    task = re.search(r"Submitted batch job (\d+)", output)[1] + "_0"
+    end, name = time.monotonic() + 240, f"grid-{next((tmp_path / 'logs').iterdir()).name}"
     while logs(tmp_path).get("2.log") != "ready\n" or "1.exit" not in logs(tmp_path):
         assert time.monotonic() < end, logs(tmp_path)
         time.sleep(0.1)
+    subprocess.run(["scontrol", "requeue", task], check=True)
+    while logs(tmp_path)["2.log"] != "ready\nsaved\nready\n":
+        assert time.monotonic() < end, logs(tmp_path)
+        time.sleep(0.5)
+        now = ["scontrol", "update", f"jobid={task}", "starttime=now"]
+        subprocess.run(now, capture_output=True)
     subprocess.run(["scancel", "-n", name], check=True)
     while subprocess.run(["squeue", "-h", "-n", name], capture_output=True).stdout:
         assert time.monotonic() < end, logs(tmp_path)
         time.sleep(0.1)
     found = logs(tmp_path)
-    assert (found["1.exit"], found["2.log"]) == ("0\n", "ready\nsaved\n")
+    assert (found["1.exit"], found["1.log"]) == ("0\n", "once\n")
+    assert found["2.log"] == "ready\nsaved\nready\nsaved\n"
     assert found["2.exit"] == "143\n" and "3.exit" not in found
     assert run("run_slurm", tmp_path, lines, *SLURM, "--submit", "1", "--hold")[0] == 0
     subprocess.run(["scancel", "-n", name], check=True)
