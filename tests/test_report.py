@@ -465,6 +465,12 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     legend = [text.get_text() for text in figures["curves.png"].legends[0].get_texts()]
     labels = ["PLASTIC", "PLASTIC, resets", "base", "base, ten public seeds", "random policy"]
     assert legend == labels
+    # Smaller images than those seeds had: no comparison.
+    control["image_size"] = 32
+    write_run(tmp_path / "small", "walker-run", "base", 3, 300.0, scalars=scalars, **control)
+    report.main(report.Args(runs=(tmp_path / "small",), plot=tmp_path))
+    shown = {line.get_label() for line in figures["curves.png"].axes[0].get_lines()}
+    assert "base" in shown and "base, ten public seeds" not in shown
 
 
 def test_policies_that_learn_nothing_are_measured_apart(tmp_path, capsys, figures):
