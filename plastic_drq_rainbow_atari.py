@@ -172,8 +172,7 @@ class Args:
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
         if self.learning_starts >= self.total_timesteps:
-            problem = f"--learning-starts {self.learning_starts}: the random steps before the first"
-            raise ValueError(f"{problem} update must be below --total-timesteps")
+            raise ValueError("--learning-starts must be below --total-timesteps")
         if min(self.learning_starts, self.buffer_size) < 2 * self.n_step:
             raise ValueError("--learning-starts and --buffer-size: at least twice --n-step")
         if not -math.inf < self.v_min < self.v_max < math.inf:
@@ -762,7 +761,8 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         output = function()
-    torch._foreach_copy_(tensors, saved)
+    for tensor, value in zip(tensors, saved, strict=True):
+        tensor.copy_(value)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
@@ -796,7 +796,7 @@ def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, C
     if args.cuda_graph and args.device == "cuda":
         changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
         update = capture(update, changed, (generator,))
-        act = capture(act, changed)
+        act = capture(act, [])  # it changes nothing
     return agent, replay, update, act
 
 
@@ -883,6 +883,35 @@ def save_gif(frames: list[np.ndarray], file: BinaryIO) -> None:
     """Frames, uint8 [84, 84], in about the game's own pace (4 frames in 1/15 s)."""
     first, *others = [Image.fromarray(frame) for frame in frames]
     first.save(file, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
+
+
+def evaluate_saved(args: Args) -> None:
+    """Play the model at --evaluate: the file's game, flags and seed.
+
+    This command's device, threads, --eval-episodes and --eval-epsilon; with --capture-video, a GIF
+    beside the file.
+    """
+    gif = Path(f"{args.evaluate}.gif")
+    if args.capture_video and gif.exists() and not args.overwrite:
+        sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
+    # The file's run may have been tracked; this command need not be.
+    ours = ("device", "eval_episodes", "eval_epsilon", "track")
+    try:
+        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
+        saved = Args(**flags)
+        network = QNetwork(model["num_actions"], saved)
+        network.load_state_dict(model["target"])
+    except OSError:
+        raise
+    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
+        kind = type(error).__name__
+        sys.exit(f"error: {args.evaluate}: not a model that this script saved ({kind})")
+    video = [] if args.capture_video else None
+    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved, video)
+    if video is not None:
+        write_atomically(gif, lambda file: save_gif(video, file))
+    print(summary(saved.env_id, returns))
 
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -1145,13 +1174,6 @@ def device_name(args: Args) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def remove_old_files(run_dir: Path) -> None:
-    """What this script has written there, for --overwrite."""
-    names = ("result.json", "checkpoint.pth", "checkpoint.pth.tmp", "model.pth", "video.gif")
-    for path in [*run_dir.glob("events.out.tfevents.*"), *(run_dir / name for name in names)]:
-        path.unlink(missing_ok=True)
-
-
 def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> SummaryWriter:
     """TensorBoard after `step`, with --track W&B, too; an old run's files go with --overwrite."""
     if args.track:
@@ -1161,7 +1183,10 @@ def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> S
         names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
         counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
     if args.overwrite:  # now that nothing more can keep the new run from beginning
-        remove_old_files(run_dir)
+        names = ["result.json", "checkpoint.pth", "model.pth", "video.gif"]  # of this script
+        for name in [*names, *(f"{name}.tmp" for name in names), "events.out.tfevents.*"]:
+            for path in run_dir.glob(name):
+                path.unlink()
     # purge_step hides from readers what a killed process logged after its last checkpoint.
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
@@ -1169,20 +1194,11 @@ def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> S
     return writer
 
 
-def log_evaluation(writer: SummaryWriter, env_id: str, returns: list[float], step: int) -> None:
-    """Mean return and, for the paper's games, human-normalized score."""
-    mean_return = float(np.mean(returns))
-    writer.add_scalar("eval/mean_return", mean_return, step)
-    score = human_normalized_score(env_id, mean_return)
-    if score is not None:
-        writer.add_scalar("eval/human_normalized_score", score, step)
-
-
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
     """End with one line if one of the newest scalars is not finite: a nan spreads and stays."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            sys.exit(f"error: step {step}: {name} is not finite; lower --learning-rate")
+            sys.exit(f"error: step {step}: {name} is not finite; lower the learning rate")
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
@@ -1248,7 +1264,7 @@ def train(args: Args, run_dir: Path) -> None:
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
     # above any --seed and any evaluation's, and below EnvPool's limit of 31 bits.
-    continued = 2_100_000_000 + counters.env_steps % 40_000_000 if counters.env_steps > 0 else 0
+    continued = (2_100_000_000 + counters.env_steps % 40_000_000) if counters.env_steps > 0 else 0
     envs = make_envs(args.env_id, 1, args.seed + continued)
     frames, info = envs.reset()
     replay.start(frames[0, 0])
@@ -1312,17 +1328,17 @@ def train(args: Args, run_dir: Path) -> None:
             writer.add_scalar("charts/resets", counters.resets, step)
             writer.add_scalar("charts/SPS", step / counters.training_seconds, step)
         if step >= args.learning_starts and due(args.metrics_interval, step):
+            check_finite(losses, step)
             for name, value in plasticity_metrics(agent, replay, generators["metrics"]).items():
                 writer.add_scalar(f"plasticity/{name}", value, step)
         if due(args.eval_interval, step) and not last:
-            log_evaluation(writer, args.env_id, evaluate(agent.target, args), step)
+            check_finite(losses, step)
+            writer.add_scalar("eval/mean_return", np.mean(evaluate(agent.target, args)), step)
 
         # Checkpoint
         stopping = list(stop_signals)  # read once: a signal may come at any line
-        if args.checkpoint_interval == "auto":
-            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
-        else:
-            checkpoint_due = due(args.checkpoint_interval, step)
+        auto, waited = args.checkpoint_interval == "auto", time.perf_counter() - checkpoint_time
+        checkpoint_due = waited >= 300 if auto else due(args.checkpoint_interval, step)
         if args.checkpoint_interval != 0 and (checkpoint_due or last or stopping):
             check_finite(losses, step)
             writer.flush()
@@ -1342,7 +1358,7 @@ def train(args: Args, run_dir: Path) -> None:
     counters.wall_clock_seconds = time.perf_counter() - start_time
     finish(args, run_dir, counters, agent, returns, video)
     # Last: a run that is killed before it has a result evaluates again, and this is logged once.
-    log_evaluation(writer, args.env_id, returns, args.total_timesteps)
+    writer.add_scalar("eval/mean_return", np.mean(returns), args.total_timesteps)
     writer.close()
     print(f"{summary(args.env_id, returns)}; {run_dir / 'result.json'}")
 
@@ -1367,35 +1383,6 @@ def run(args: Args) -> None:
                 train(args, run_dir)
     except Timeout:
         sys.exit(f"error: another process is at work in {run_dir}")
-
-
-def evaluate_saved(args: Args) -> None:
-    """Play the model at --evaluate: the file's game, flags and seed.
-
-    This command's device, threads, --eval-episodes and --eval-epsilon; with --capture-video, a GIF
-    beside the file.
-    """
-    gif = Path(f"{args.evaluate}.gif")
-    if args.capture_video and gif.exists() and not args.overwrite:
-        sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
-    # The file's run may have been tracked; this command need not be.
-    ours = ("device", "eval_episodes", "eval_epsilon", "track")
-    try:
-        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
-        saved = Args(**flags)
-        network = QNetwork(model["num_actions"], saved)
-        network.load_state_dict(model["target"])
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
-        kind = type(error).__name__
-        sys.exit(f"error: {args.evaluate}: not a model that this script saved ({kind})")
-    video = [] if args.capture_video else None
-    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved, video)
-    if video is not None:
-        write_atomically(gif, lambda file: save_gif(video, file))
-    print(summary(saved.env_id, returns))
 
 
 def keep_freed_memory() -> None:

@@ -858,7 +858,8 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         output = function()
-    torch._foreach_copy_(tensors, saved)
+    for tensor, value in zip(tensors, saved, strict=True):
+        tensor.copy_(value)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
@@ -885,50 +886,34 @@ def make_agent(
     agent = Agent(env.action_dim, args, generators["agent"])
     capacity = min(args.buffer_size, args.agent_steps)  # a short run needs no more
     device, replay_device = agent.generator.device, generators["sampling"].device
-    replay = ReplayBuffer(
-        capacity,
-        env.episode_steps,
-        env.frame_shape,
-        env.action_dim,
-        args.frame_stack,
-        replay_device,
-    )
+    sizes = (capacity, env.episode_steps, env.frame_shape, env.action_dim, args.frame_stack)
+    replay = ReplayBuffer(*sizes, replay_device)
 
-    def to_device(tensor: Tensor) -> Tensor:
-        if device == replay_device:
-            return tensor
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    def sample() -> Batch:  # line 9: a minibatch
-        return Batch(*map(to_device, replay.sample(args.batch_size, generators["sampling"])))
-
-    def eager_update() -> dict[str, Tensor]:
-        return agent.update(sample())
-
-    def eager_act() -> Tensor:
-        return agent.act(to_device(replay.last_obs()))
-
-    if not (args.cuda_graph and args.device == "cuda"):
-        return agent, replay, eager_update, eager_act
-
-    # Sampling stays outside of the graphs: the replay may lie in the host's memory. The graphs read
-    # `batch` and `obs`; their first contents are placeholders, as the buffer is empty.
+    # Sampling stays outside of the graphs: the replay may lie in the host's memory. Updating and
+    # acting read `batch` and `obs`, which stay where they are; here they are placeholders.
     slots = torch.zeros(args.batch_size, dtype=torch.int64, device=replay_device)
-    batch, obs = Batch(*map(to_device, replay.gather(slots))), to_device(replay.last_obs())
-    changed = list(agent.tensors().values())
-    update_graph = capture(lambda: agent.update(batch), changed, (agent.generator,))
-    act_graph = capture(lambda: agent.act(obs), changed, (agent.generator,))
+    batch = Batch(*(entry.to(device) for entry in replay.gather(slots)))
+    obs = replay.last_obs().to(device)
+    update, act = lambda: agent.update(batch), lambda: agent.act(obs)
+    if args.cuda_graph and args.device == "cuda":
+        update = capture(update, list(agent.tensors().values()), (agent.generator,))
+        act = capture(act, [], (agent.generator,))
 
-    def graphed_update() -> dict[str, Tensor]:
-        for entry, new in zip(batch, sample(), strict=True):
-            entry.copy_(new)
-        return update_graph()
+    def refill(entry: Tensor, new: Tensor) -> None:
+        pinned = new if device == replay_device else new.pin_memory()
+        entry.copy_(pinned, non_blocking=True)
 
-    def graphed_act() -> Tensor:
-        obs.copy_(replay.last_obs())
-        return act_graph()
+    def sample_and_update() -> dict[str, Tensor]:
+        sampled = replay.sample(args.batch_size, generators["sampling"])  # line 9: a minibatch
+        for entry, new in zip(batch, sampled, strict=True):
+            refill(entry, new)
+        return update()
 
-    return agent, replay, graphed_update, graphed_act
+    def observe_and_act() -> Tensor:
+        refill(obs, replay.last_obs())
+        return act()
+
+    return agent, replay, sample_and_update, observe_and_act
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -968,6 +953,36 @@ def save_gif(frames: list[np.ndarray], file: BinaryIO) -> None:
     """Frames, uint8 [1 or 3, H, W], 25 a second: the pace of most tasks at their action repeat."""
     first, *others = [Image.fromarray(frame.transpose(1, 2, 0).squeeze()) for frame in frames]
     first.save(file, format="GIF", save_all=True, append_images=others, duration=40, loop=0)
+
+
+def evaluate_saved(args: Args) -> None:
+    """Play the model at --evaluate: the file's task, flags and seed.
+
+    This command's devices, threads and --eval-episodes; with --capture-video, a GIF beside the
+    file.
+    """
+    gif = Path(f"{args.evaluate}.gif")
+    if args.capture_video and gif.exists() and not args.overwrite:
+        sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
+    # The file's run may have been tracked; this command need not be.
+    ours = ("device", "replay_device", "eval_episodes", "track")
+    try:
+        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
+        saved = Args(**flags)
+        agent = Agent(model["action_dim"], saved, Generator(args.device))
+        agent.critic.backbone.load_state_dict(model["backbone"])
+        agent.actor.load_state_dict(model["actor"])
+    except OSError:
+        raise
+    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
+        kind = type(error).__name__
+        sys.exit(f"error: {args.evaluate}: not a model that this script saved ({kind})")
+    video = [] if args.capture_video else None
+    returns = evaluate(agent, saved, video)
+    if video is not None:
+        write_atomically(gif, lambda file: save_gif(video, file))
+    print(summary(saved.env_id, returns))
 
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -1231,13 +1246,6 @@ def device_name(args: Args) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def remove_old_files(run_dir: Path) -> None:
-    """What this script has written there, for --overwrite."""
-    names = ("result.json", "checkpoint.pth", "checkpoint.pth.tmp", "model.pth", "video.gif")
-    for path in [*run_dir.glob("events.out.tfevents.*"), *(run_dir / name for name in names)]:
-        path.unlink(missing_ok=True)
-
-
 def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWriter:
     """TensorBoard and, with --track, Weights & Biases; an old run's files go with --overwrite."""
     if args.track:
@@ -1247,7 +1255,10 @@ def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWrite
         names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
         counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
     if args.overwrite:  # now that nothing more can keep the new run from beginning
-        remove_old_files(run_dir)
+        names = ["result.json", "checkpoint.pth", "model.pth", "video.gif"]  # of this script
+        for name in [*names, *(f"{name}.tmp" for name in names), "events.out.tfevents.*"]:
+            for path in run_dir.glob(name):
+                path.unlink()
     # purge_step hides from readers what a killed process logged after its last checkpoint.
     writer = SummaryWriter(str(run_dir), purge_step=counters.agent_steps + 1)
     table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
@@ -1259,7 +1270,7 @@ def check_finite(losses: dict[str, Tensor], step: int) -> None:
     """End with one line if one of the newest scalars is not finite: a nan spreads and stays."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            sys.exit(f"error: step {step}: {name} is not finite; lower --learning-rate")
+            sys.exit(f"error: step {step}: {name} is not finite; lower the learning rate")
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
@@ -1391,6 +1402,7 @@ def train(args: Args, run_dir: Path) -> None:
             sps = counters.env_steps / counters.training_seconds
             writer.add_scalar("charts/SPS", sps, step)
         if step >= args.learning_starts and due(args.metrics_interval, step):
+            check_finite(losses, step)
             for name, value in plasticity_metrics(agent, replay, step).items():
                 writer.add_scalar(f"plasticity/{name}", value, step)
         if due(args.eval_interval, step) and not last:
@@ -1399,10 +1411,8 @@ def train(args: Args, run_dir: Path) -> None:
 
         # Checkpoint
         stopping = list(stop_signals)  # read once: a signal may come at any line
-        if args.checkpoint_interval == "auto":
-            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
-        else:
-            checkpoint_due = due(args.checkpoint_interval, step)
+        auto, waited = args.checkpoint_interval == "auto", time.perf_counter() - checkpoint_time
+        checkpoint_due = waited >= 300 if auto else due(args.checkpoint_interval, step)
         if args.checkpoint_interval != 0 and (checkpoint_due or last or stopping):
             check_finite(losses, step)
             writer.flush()
@@ -1447,36 +1457,6 @@ def run(args: Args) -> None:
                 train(args, run_dir)
     except Timeout:
         sys.exit(f"error: another process is at work in {run_dir}")
-
-
-def evaluate_saved(args: Args) -> None:
-    """Play the model at --evaluate: the file's task, flags and seed.
-
-    This command's devices, threads and --eval-episodes; with --capture-video, a GIF beside the
-    file.
-    """
-    gif = Path(f"{args.evaluate}.gif")
-    if args.capture_video and gif.exists() and not args.overwrite:
-        sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
-    # The file's run may have been tracked; this command need not be.
-    ours = ("device", "replay_device", "eval_episodes", "track")
-    try:
-        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
-        saved = Args(**flags)
-        agent = Agent(model["action_dim"], saved, Generator(args.device))
-        agent.critic.backbone.load_state_dict(model["backbone"])
-        agent.actor.load_state_dict(model["actor"])
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
-        kind = type(error).__name__
-        sys.exit(f"error: {args.evaluate}: not a model that this script saved ({kind})")
-    video = [] if args.capture_video else None
-    returns = evaluate(agent, saved, video)
-    if video is not None:
-        write_atomically(gif, lambda file: save_gif(video, file))
-    print(summary(saved.env_id, returns))
 
 
 def keep_freed_memory() -> None:

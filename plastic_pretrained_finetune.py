@@ -17,10 +17,11 @@ for a CPU); train the base on it; then with SAM and Reset†, which is a fresh h
 pulled towards fresh weights:
 
     python plastic_pretrained_finetune.py --env-id Pong --mode pretrain
-    python plastic_pretrained_finetune.py --env-id Pong --exp-name base \
+    python plastic_pretrained_finetune.py --env-id Pong --exp-name pretrained_base_rr2 \
         --pretrained-path runs/Pong__pretrain__1/model.pth
-    python plastic_pretrained_finetune.py --env-id Pong --exp-name sam_reset --sam-rho 0.1 \
-        --reset-interval 40000 --pretrained-path runs/Pong__pretrain__1/model.pth
+    python plastic_pretrained_finetune.py --env-id Pong --exp-name pretrained_sam_reset_rr2 \
+        --sam-rho 0.1 --reset-interval 40000 \
+        --pretrained-path runs/Pong__pretrain__1/model.pth
 
 Read Agent.update first, which is Algorithm 1 on a frozen Backbone, then train, the loop around it.
 Agent.reset is Reset†: reset_head for the head, shrink_towards for the encoder. What is not about
@@ -178,8 +179,8 @@ class Args:
             (tiny, huge, "learning_rate adam_eps max_grad_norm"),
             (tiny, huge, "pretrain_learning_rate pretrain_epochs"),
             (1, huge, "replay_ratio batch_size n_step hidden_dim eval_episodes log_interval"),
-            (1, huge, "total_timesteps collect_steps video_frames"),
-            (2, huge, "n_atoms pretrain_batch_size"),
+            (1, huge, "total_timesteps collect_steps video_frames pretrain_batch_size"),
+            (2, huge, "n_atoms"),
             (3, huge, "pretrain_length"),  # two predictions, for a standard deviation over them
         ):
             for name in names.split():
@@ -196,11 +197,6 @@ class Args:
             raise ValueError(f"--exp-name {self.exp_name!r}: must be a plain file name")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew: pass one of them")
-        if self.learning_starts >= self.total_timesteps:
-            problem = f"--learning-starts {self.learning_starts}: the random steps before the first"
-            raise ValueError(f"{problem} update must be below --total-timesteps")
-        if min(self.learning_starts, self.buffer_size) < 2 * self.n_step:
-            raise ValueError("--learning-starts and --buffer-size: at least twice --n-step")
         if not -math.inf < self.v_min < self.v_max < math.inf:
             raise ValueError("--v-min must be below --v-max, and both finite")
         if self.evaluate is None:
@@ -221,11 +217,15 @@ class Args:
         """Each mode needs flags of its own; files given to the wrong one are refused."""
         encoder, video = self.pretrained_path, self.video_dir
         if self.mode == "finetune":
-            if (encoder is None) != self.from_scratch:  # neither of them, or both
+            if (encoder is not None) == self.from_scratch:  # neither of them, or both
                 ways = "--pretrained-path FILE (--mode pretrain makes one) or --from-scratch"
                 raise ValueError(f"{ways}: pass one of them")
             if video is not None:
                 raise ValueError("--video-dir is of --mode pretrain")
+            if self.learning_starts >= self.total_timesteps:
+                raise ValueError("--learning-starts must be below --total-timesteps")
+            if min(self.learning_starts, self.buffer_size) < 2 * self.n_step:
+                raise ValueError("--learning-starts and --buffer-size: at least twice --n-step")
         else:
             if encoder is not None or self.from_scratch:
                 raise ValueError("--pretrained-path and --from-scratch are of --mode finetune")
@@ -261,6 +261,7 @@ def make_envs(env_id: str, num_envs: int, seed: int):
         max_episode_steps=27_000, repeat_action_probability=0.0, full_action_space=False,
         use_inter_area_resize=False, use_fire_reset=False, episodic_life=False, reward_clip=False,
     )
+    # fmt: on
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -887,7 +888,8 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         output = function()
-    torch._foreach_copy_(tensors, saved)
+    for tensor, value in zip(tensors, saved, strict=True):
+        tensor.copy_(value)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
@@ -922,7 +924,7 @@ def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, C
     if args.cuda_graph and args.device == "cuda":
         changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
         update = capture(update, changed, (generator,))
-        act = capture(act, changed)
+        act = capture(act, [])  # it changes nothing
     return agent, replay, update, act
 
 
@@ -1009,6 +1011,35 @@ def save_gif(frames: list[np.ndarray], file: BinaryIO) -> None:
     """Frames, uint8 [84, 84], in about the game's own pace (4 frames in 1/15 s)."""
     first, *others = [Image.fromarray(frame) for frame in frames]
     first.save(file, format="GIF", save_all=True, append_images=others, duration=70, loop=0)
+
+
+def evaluate_saved(args: Args) -> None:
+    """Play the fine-tuned model at --evaluate: the file's game, flags and seed.
+
+    This command's device, threads, --eval-episodes and --eval-epsilon; with --capture-video, a GIF
+    beside the file.
+    """
+    gif = Path(f"{args.evaluate}.gif")
+    if args.capture_video and gif.exists() and not args.overwrite:
+        sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
+    # The file's run may have been tracked, and had its encoder's file; this command need not.
+    ours = ("device", "eval_episodes", "eval_epsilon", "track", "evaluate")
+    try:
+        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
+        saved = Args(**flags)
+        network = QNetwork(Backbone(), model["num_actions"], saved)
+        network.load_state_dict(model["target"])
+    except OSError:
+        raise
+    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
+        problem = f"not a model that this script saved in fine-tuning ({type(error).__name__})"
+        sys.exit(f"error: {args.evaluate}: {problem}")
+    video = [] if args.capture_video else None
+    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved, video)
+    if video is not None:
+        write_atomically(gif, lambda file: save_gif(video, file))
+    print(summary(saved.env_id, returns))
 
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -1118,8 +1149,8 @@ class Counters:
     resumed_at: list[int] = field(default_factory=list)
     git_commits: list[str | None] = field(default_factory=list)  # of each process
     wandb_id: str | None = None
-    frames: int = 0  # of a pretraining: in its videos
-    final_loss: float = 0.0  # of a pretraining: mean over the newest log interval
+    frames: int | None = None  # of a pretraining: in its videos
+    final_loss: float | None = None  # of a pretraining: of the minibatch logged last
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -1282,7 +1313,7 @@ def load_videos(args: Args, counters: Counters) -> list[Video]:
         videos = read_videos(video_files(Path(args.video_dir)), args.video_frames)
     lengths, before = [len(video.frames) for video in videos], counters.frames
     counters.frames = sum(lengths)
-    if before not in (0, counters.frames):
+    if before not in (None, counters.frames):
         problem = f"videos of {counters.frames:,} frames, not {before:,}"
         sys.exit(f"error: {args.video_dir}: {problem}")
     if max(lengths, default=0) < args.sequence_frames:
@@ -1461,13 +1492,6 @@ def device_name(args: Args) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def remove_old_files(run_dir: Path) -> None:
-    """What this script has written there, for --overwrite."""
-    names = ("result.json", "checkpoint.pth", "checkpoint.pth.tmp", "model.pth", "video.gif")
-    for path in [*run_dir.glob("events.out.tfevents.*"), *(run_dir / name for name in names)]:
-        path.unlink(missing_ok=True)
-
-
 def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> SummaryWriter:
     """TensorBoard after `step`, with --track W&B, too; an old run's files go with --overwrite."""
     if args.track:
@@ -1477,7 +1501,10 @@ def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> S
         names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
         counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
     if args.overwrite:  # now that nothing more can keep the new run from beginning
-        remove_old_files(run_dir)
+        names = ["result.json", "checkpoint.pth", "model.pth", "video.gif"]  # of this script
+        for name in [*names, *(f"{name}.tmp" for name in names), "events.out.tfevents.*"]:
+            for path in run_dir.glob(name):
+                path.unlink()
     # purge_step hides from readers what a killed process logged after its last checkpoint.
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
@@ -1485,20 +1512,11 @@ def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> S
     return writer
 
 
-def log_evaluation(writer: SummaryWriter, env_id: str, returns: list[float], step: int) -> None:
-    """Mean return and, for the paper's games, human-normalized score."""
-    mean_return = float(np.mean(returns))
-    writer.add_scalar("eval/mean_return", mean_return, step)
-    score = human_normalized_score(env_id, mean_return)
-    if score is not None:
-        writer.add_scalar("eval/human_normalized_score", score, step)
-
-
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
     """End with one line if one of the newest scalars is not finite: a nan spreads and stays."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            sys.exit(f"error: step {step}: {name} is not finite; lower --learning-rate")
+            sys.exit(f"error: step {step}: {name} is not finite; lower the learning rate")
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
@@ -1564,7 +1582,7 @@ def train(args: Args, run_dir: Path) -> None:
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
     # above any --seed and any evaluation's, and below EnvPool's limit of 31 bits.
-    continued = 2_100_000_000 + counters.env_steps % 40_000_000 if counters.env_steps > 0 else 0
+    continued = (2_100_000_000 + counters.env_steps % 40_000_000) if counters.env_steps > 0 else 0
     envs = make_envs(args.env_id, 1, args.seed + continued)
     frames, info = envs.reset()
     replay.start(frames[0, 0])
@@ -1628,17 +1646,17 @@ def train(args: Args, run_dir: Path) -> None:
             writer.add_scalar("charts/resets", counters.resets, step)
             writer.add_scalar("charts/SPS", step / counters.training_seconds, step)
         if step >= args.learning_starts and due(args.metrics_interval, step):
+            check_finite(losses, step)
             for name, value in plasticity_metrics(agent, replay, generators["metrics"]).items():
                 writer.add_scalar(f"plasticity/{name}", value, step)
         if due(args.eval_interval, step) and not last:
-            log_evaluation(writer, args.env_id, evaluate(agent.target, args), step)
+            check_finite(losses, step)
+            writer.add_scalar("eval/mean_return", np.mean(evaluate(agent.target, args)), step)
 
         # Checkpoint
         stopping = list(stop_signals)  # read once: a signal may come at any line
-        if args.checkpoint_interval == "auto":
-            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
-        else:
-            checkpoint_due = due(args.checkpoint_interval, step)
+        auto, waited = args.checkpoint_interval == "auto", time.perf_counter() - checkpoint_time
+        checkpoint_due = waited >= 300 if auto else due(args.checkpoint_interval, step)
         if args.checkpoint_interval != 0 and (checkpoint_due or last or stopping):
             check_finite(losses, step)
             writer.flush()
@@ -1658,7 +1676,7 @@ def train(args: Args, run_dir: Path) -> None:
     counters.wall_clock_seconds = time.perf_counter() - start_time
     finish(args, run_dir, counters, agent, returns, video)
     # Last: a run that is killed before it has a result evaluates again, and this is logged once.
-    log_evaluation(writer, args.env_id, returns, args.total_timesteps)
+    writer.add_scalar("eval/mean_return", np.mean(returns), args.total_timesteps)
     writer.close()
     print(f"{summary(args.env_id, returns)}; {run_dir / 'result.json'}")
 
@@ -1671,8 +1689,10 @@ def finish_pretraining(args: Args, run_dir: Path, counters: Counters, network: S
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "env_id": args.env_id,
-        "seed": args.seed, "args": asdict(args), **asdict(counters),
-        "device": device_name(args),
+        "seed": args.seed, "args": asdict(args), "gradient_updates": counters.gradient_updates,
+        "final_loss": counters.final_loss, "frames": counters.frames,
+        "wall_clock_seconds": counters.wall_clock_seconds, "resumed_at": counters.resumed_at,
+        "git_commits": counters.git_commits, "device": device_name(args),
         "versions": {"python": python, "torch": torch.__version__, "envpool": envpool.__version__},
     }
     # fmt: on
@@ -1712,24 +1732,20 @@ def pretrain(args: Args, run_dir: Path) -> None:
         # Learn
         batch = cut_sequences(videos, batch_starts, args)
         losses = pretrain_update(network, optimizer, batch, args, generator)
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                advice = "lower --pretrain-learning-rate"
-                sys.exit(f"error: update {update}: {name} is not finite; {advice}")
 
-        # Log: the mean loss since the last log; dividing by 1, the first one after it replaces it
-        number = (update - 1) % args.log_interval + 1
-        counters.final_loss += (float(losses["loss"]) - counters.final_loss) / number
-        if number == args.log_interval or update == total:
-            writer.add_scalar("losses/pretraining", counters.final_loss, update)
+        # Log
+        if due(args.log_interval, update) or update == total:
+            check_finite(losses, update)
+            counters.final_loss = float(losses["loss"])
+            for name, value in losses.items():
+                writer.add_scalar(f"losses/{name}", value, update)
 
         # Checkpoint
         stopping = list(stop_signals)  # read once: a signal may come at any line
-        if args.checkpoint_interval == "auto":
-            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
-        else:
-            checkpoint_due = due(args.checkpoint_interval, update)
+        auto, waited = args.checkpoint_interval == "auto", time.perf_counter() - checkpoint_time
+        checkpoint_due = waited >= 300 if auto else due(args.checkpoint_interval, update)
         if args.checkpoint_interval != 0 and (checkpoint_due or stopping):
+            check_finite(losses, update)
             writer.flush()
             counters.wall_clock_seconds = time.perf_counter() - start_time
             save_checkpoint(checkpoint_path, args, counters, generators, tensors)
@@ -1771,35 +1787,6 @@ def run(args: Args) -> None:
                 train(args, run_dir)
     except Timeout:
         sys.exit(f"error: another process is at work in {run_dir}")
-
-
-def evaluate_saved(args: Args) -> None:
-    """Play the fine-tuned model at --evaluate: the file's game, flags and seed.
-
-    This command's device, threads, --eval-episodes and --eval-epsilon; with --capture-video, a GIF
-    beside the file.
-    """
-    gif = Path(f"{args.evaluate}.gif")
-    if args.capture_video and gif.exists() and not args.overwrite:
-        sys.exit(f"error: {gif} exists; pass --overwrite to replace it")
-    # The file's run may have been tracked, and had its encoder's file; this command need not.
-    ours = ("device", "eval_episodes", "eval_epsilon", "track", "evaluate")
-    try:
-        model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        flags = {**model["args"], **{name: getattr(args, name) for name in ours}}
-        saved = Args(**flags)
-        network = QNetwork(Backbone(), model["num_actions"], saved)
-        network.load_state_dict(model["target"])
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can raise anything; weights_only runs no code
-        problem = f"not a model that this script saved in fine-tuning ({type(error).__name__})"
-        sys.exit(f"error: {args.evaluate}: {problem}")
-    video = [] if args.capture_video else None
-    returns = evaluate(network.to(args.device, memory_format=torch.channels_last), saved, video)
-    if video is not None:
-        write_atomically(gif, lambda file: save_gif(video, file))
-    print(summary(saved.env_id, returns))
 
 
 def keep_freed_memory() -> None:

@@ -530,35 +530,29 @@ class Replicas:
         (Sokar et al., 2023, algorithm 1). Scores are those of the next minibatch. Slow weights
         follow by their average alone.
         """
-        vmapped_scores = vmap(
-            lambda parameters, images: unit_scores(
-                self.network, lambda: functional_call(self.network, parameters, (images,))
-            )
-        )
-        by_group = [
-            vmapped_scores(self.parameters(self.weights[group]), self.next_batch(group)[0])
-            for group in self.groups
-        ]
-        w, m = self.parameters(self.weights), self.parameters(self.momentum)
-        fresh = self.parameters(self.fresh_weights(RECYCLED, step))
+        fresh = self.fresh_weights(RECYCLED, step)
         # Convolutions and fully connected layers, in order: LayerNorm's parameters are vectors.
         layers = [n.removesuffix(".weight") for n, shape in self.shapes.items() if len(shape) > 1]
-        hidden = list(zip(by_group[0], layers[:-1], layers[1:], strict=True))
-        # From the last layer back: between two dormant units the weight is 0, as on the way out.
-        for activation, layer, following in reversed(hidden):
-            scores = torch.cat([group_scores[activation] for group_scores in by_group])
-            dormant = scores <= self.args.redo_tau  # [R, units]; False where a score is nan
-            by_unit = (*dormant.shape, -1)  # [R, units, inputs of a unit]
-            w_in, m_in, fresh_in = (p[f"{layer}.weight"].view(by_unit) for p in (w, m, fresh))
-            w_in.copy_(torch.where(dormant[:, :, None], fresh_in, w_in))
-            m_in.masked_fill_(dormant[:, :, None], 0)
-            # What the next layer takes in: x+ of all units, then x- of all, each with its pixels.
-            copies = 2 if isinstance(self.network.get_submodule(activation), CReLU) else 1
-            for p in (w, m):
-                p[f"{layer}.bias"].masked_fill_(dormant, 0)
-                out = p[f"{following}.weight"]
-                columns = out.view(*out.shape[:2], copies, dormant.shape[1], -1)
-                columns.masked_fill_(dormant[:, None, None, :, None], 0)
+        for r in range(len(fresh)):  # one replica after the other, as it is rare
+            w, m, phi = (
+                {name: part[0] for name, part in self.parameters(rows[r : r + 1]).items()}
+                for rows in (self.weights, self.momentum, fresh)
+            )
+            images = self.next_batch(slice(r, r + 1))[0][0]
+            forward = partial(functional_call, self.network, w, (images,))
+            scores = unit_scores(self.network, forward)
+            # From the last layer back: between two dormant units the weight is 0.
+            hidden = list(zip(scores.items(), layers[:-1], layers[1:], strict=True))
+            for (activation, score), layer, following in reversed(hidden):
+                dormant = score <= self.args.redo_tau  # [units]; False where a score is nan
+                w[f"{layer}.weight"][dormant] = phi[f"{layer}.weight"][dormant]
+                m[f"{layer}.weight"][dormant] = 0
+                # What the next layer takes in: x+ of all units, then x-, each with its pixels.
+                copies = 2 if isinstance(self.network.get_submodule(activation), CReLU) else 1
+                for p in (w, m):
+                    p[f"{layer}.bias"][dormant] = 0
+                    out = p[f"{following}.weight"]
+                    out.view(len(out), copies, len(dormant), -1)[:, :, dormant] = 0
 
     def standardise(self, images: Tensor) -> Tensor:
         """uint8 [..., 3, 32, 32] -> float32."""
@@ -673,7 +667,8 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         output = function()
-    torch._foreach_copy_(tensors, saved)
+    for tensor, value in zip(tensors, saved, strict=True):
+        tensor.copy_(value)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
@@ -991,13 +986,6 @@ def device_name(args: Args) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def remove_old_files(run_dir: Path) -> None:
-    """What this script has written there, for --overwrite."""
-    names = ("result.json", "checkpoint.pth", "checkpoint.pth.tmp")
-    for path in [*run_dir.glob("events.out.tfevents.*"), *(run_dir / name for name in names)]:
-        path.unlink(missing_ok=True)
-
-
 def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWriter:
     """TensorBoard and, with --track, Weights & Biases; an old run's files go with --overwrite."""
     if args.track:
@@ -1007,7 +995,10 @@ def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWrite
         names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
         counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
     if args.overwrite:  # now that nothing more can keep the new run from beginning
-        remove_old_files(run_dir)
+        names = ["result.json", "checkpoint.pth"]  # of this script
+        for name in [*names, *(f"{name}.tmp" for name in names), "events.out.tfevents.*"]:
+            for path in run_dir.glob(name):
+                path.unlink()
     # purge_step hides from readers what a killed process logged after its last checkpoint.
     writer = SummaryWriter(str(run_dir), purge_step=counters.gradient_updates + 1)
     table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
@@ -1150,10 +1141,8 @@ def train(args: Args, run_dir: Path) -> None:
 
         # Checkpoint
         stopping = list(stop_signals)  # read once: a signal may come at any line
-        if args.checkpoint_interval == "auto":
-            checkpoint_due = time.perf_counter() - checkpoint_time >= 300
-        else:
-            checkpoint_due = due(args.checkpoint_interval, step)
+        auto, waited = args.checkpoint_interval == "auto", time.perf_counter() - checkpoint_time
+        checkpoint_due = waited >= 300 if auto else due(args.checkpoint_interval, step)
         if args.checkpoint_interval != 0 and (checkpoint_due or stopping):
             writer.flush()
             counters.wall_clock_seconds = time.perf_counter() - start_time

@@ -86,7 +86,7 @@ CASES = {
         longer=dict(pretrain_epochs=20.0),
         other=dict(barlow_weight=0.2, pretrain_epochs=3.0),
         counter="gradient_updates", make="make_simtpr", loss="pretraining_loss",
-        tag="losses/pretraining",
+        tag="losses/loss",
     ),
 }  # fmt: skip
 

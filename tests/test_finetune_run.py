@@ -68,16 +68,14 @@ def test_a_reset_hides_no_number_that_is_not_finite(play, monkeypatch):
 # --- Pretraining ----------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_mean_of_an_intervals_updates(play, tmp_path, monkeypatch):
+def test_the_loss_is_that_of_the_update_that_logs_it(play, tmp_path, monkeypatch):
     losses, loss = [], ft.pretraining_loss
     spy = lambda *args: losses.append(loss(*args)) or losses[-1]  # noqa: E731
     monkeypatch.setattr(ft, "pretraining_loss", spy)
     play(PRETRAIN, log_interval=5)
-    steps, logged = zip(*scalars(tmp_path / PRETRAIN.dir)["losses/pretraining"], strict=True)
-    assert steps == (5, 10, 12)
-    means = [sum(part).item() / len(part) for part in (losses[:5], losses[5:10], losses[10:])]
-    assert logged == pytest.approx(means)
-    assert read_result(tmp_path / PRETRAIN.dir)["final_loss"] == pytest.approx(means[-1])
+    newest = [(step, pytest.approx(losses[step - 1].item())) for step in (5, 10, 12)]
+    assert scalars(tmp_path / PRETRAIN.dir)["losses/loss"] == newest
+    assert read_result(tmp_path / PRETRAIN.dir)["final_loss"] == losses[-1].item()
 
 
 def test_a_pretraining_goes_on_with_as_many_frames(play, tmp_path):

@@ -99,6 +99,8 @@ def test_a_run_stays_until_told_and_the_new_one_can_begin(case, play, run_dir, m
     name, value = next(iter(case.other.items()))
     stopped(play, case)
     (run_dir / "mine.txt").write_text("mine")
+    if case is not CASES["synth"]:  # which writes no video
+        (run_dir / "video.gif.tmp").write_text("left by a kill")
     for kind in ("an unfinished", "a finished"):
         before = contents(run_dir)
         with pytest.raises(SystemExit, match=f"holds {kind} run; pass --resume or --overwrite"):
@@ -343,17 +345,20 @@ def test_a_signal_during_the_last_checkpoint_comes_before_the_evaluation(
 
 @only(*PLAYING, "pretrain")
 def test_a_number_that_is_not_finite_ends_the_run(case, play, run_dir, monkeypatch):
-    """Before its next log or checkpoint. In the synthetic experiment the other replicas go on."""
+    """Before whatever is logged next, and before a checkpoint. Synthetic replicas go on."""
     broken, original = [], getattr(case.script, case.loss)
     log, checkpoint = case.steps // 2 + 1, case.steps // 4
     faulty = lambda *call: original(*call) * (math.nan if broken else 1)  # noqa: E731
     monkeypatch.setattr(case.script, case.loss, faulty)
+    logged = ["log_interval"]
+    if case is not CASES["pretrain"]:
+        logged += ["eval_interval", "metrics_interval"]
     for due, flags in (
-        (log, dict(log_interval=log, checkpoint_interval=0)),
+        *((log, {"log_interval": 1000, "checkpoint_interval": 0, name: log}) for name in logged),
         (3 * checkpoint, dict(log_interval=1000, checkpoint_interval=checkpoint)),
     ):
         broken.clear()
-        message = rf"(step {due}|update {due - 1}): \w+ is not finite; lower --"
+        message = rf"step {due}: \w+ is not finite; lower the learning rate"
         with pytest.raises(SystemExit, match=message):
             play(case, {due - 1: lambda: broken.append(0)}, **flags)
     saved = load(run_dir)
@@ -428,7 +433,7 @@ BAD_FLAGS = {
     "pretrain": """
         --from-scratch => --mode finetune | --pretrained-path x => --mode finetune
         --video-dir missing => missing: not a directory
-        --collect-steps 13 | --pretrain-length 2 | --pretrain-batch-size 1 | --pretrain-epochs 0
+        --collect-steps 13 | --pretrain-length 2 | --pretrain-batch-size 0 | --pretrain-epochs 0
     """,
 }
 MODES = {"finetune": ["--from-scratch"], "pretrain": ["--mode", "pretrain"]}
@@ -586,7 +591,6 @@ def test_the_score_is_the_mean_of_all_games(case, play, run_dir, monkeypatch, ca
     if case is not CASES["dmc"]:
         score = pytest.approx((3 - 227.8) / (7127.7 - 227.8))
         assert result["human_normalized_score"] == score
-        assert [value for _, value in logged["eval/human_normalized_score"]] == [score]
 
 
 @only(*PLAYING)
