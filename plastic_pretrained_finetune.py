@@ -1138,7 +1138,7 @@ MAY_CHANGE = set(
 
 @dataclass
 class Counters:
-    """Where a run stands; its result.json will have all of it."""
+    """Where a run stands; its result.json will have it."""
 
     env_steps: int = 0
     gradient_updates: int = 0
@@ -1692,7 +1692,8 @@ def finish_pretraining(args: Args, run_dir: Path, counters: Counters, network: S
         "seed": args.seed, "args": asdict(args), "gradient_updates": counters.gradient_updates,
         "final_loss": counters.final_loss, "frames": counters.frames,
         "wall_clock_seconds": counters.wall_clock_seconds, "resumed_at": counters.resumed_at,
-        "git_commits": counters.git_commits, "device": device_name(args),
+        "git_commits": counters.git_commits, "wandb_id": counters.wandb_id,
+        "device": device_name(args),
         "versions": {"python": python, "torch": torch.__version__, "envpool": envpool.__version__},
     }
     # fmt: on

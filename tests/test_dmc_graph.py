@@ -83,11 +83,22 @@ def test_a_capture_leaves_no_trace(monkeypatch, method):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_graphs_read_a_new_batch_and_the_newest_frames(monkeypatch):
-    """With a capture that runs the function each time, updates and actions are those without."""
-    monkeypatch.setattr(dmc, "capture", lambda function, tensors, generators: function)
-    pairs = zip(trace(graphs=True), trace(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+def test_each_update_reads_a_new_batch_and_each_action_the_newest_frames(monkeypatch):
+    """As from the agent and the replay buffer themselves, without tensors that stay in place."""
+    generators, results = [], []
+    make_generators = dmc.make_generators
+    spy = lambda args: generators.append(make_generators(args)) or generators[-1]  # noqa: E731
+    monkeypatch.setattr(dmc, "make_generators", spy)
+    for direct in (False, True):
+        agent, replay, update, act = make()
+        seen, rng, sampling = [], np.random.default_rng(1), generators[-1]["sampling"]
+        for _ in range(4):
+            losses = agent.update(replay.sample(4, sampling)) if direct else update()
+            seen += [loss.clone() for loss in losses.values()]
+            add_step(replay, rng)
+            seen.append((agent.act(replay.last_obs()) if direct else act()).clone())
+        results.append(seen + everything(agent, replay))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

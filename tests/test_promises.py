@@ -99,8 +99,11 @@ def test_a_run_stays_until_told_and_the_new_one_can_begin(case, play, run_dir, m
     name, value = next(iter(case.other.items()))
     stopped(play, case)
     (run_dir / "mine.txt").write_text("mine")
+    left_by_a_kill = ["checkpoint.pth.tmp"]
     if case is not CASES["synth"]:  # which writes no video
-        (run_dir / "video.gif.tmp").write_text("left by a kill")
+        left_by_a_kill.append("video.gif.tmp")
+    for name_left in left_by_a_kill:
+        (run_dir / name_left).write_text("half")
     for kind in ("an unfinished", "a finished"):
         before = contents(run_dir)
         with pytest.raises(SystemExit, match=f"holds {kind} run; pass --resume or --overwrite"):
