@@ -1655,7 +1655,8 @@ def train(args: Args, run_dir: Path) -> None:
 
         # Checkpoint
         stopping = list(stop_signals)  # read once: a signal may come at any line
-        auto, waited = args.checkpoint_interval == "auto", time.perf_counter() - checkpoint_time
+        auto = args.checkpoint_interval == "auto"
+        waited = time.perf_counter() - checkpoint_time
         checkpoint_due = waited >= 300 if auto else due(args.checkpoint_interval, step)
         if args.checkpoint_interval != 0 and (checkpoint_due or last or stopping):
             check_finite(losses, step)
@@ -1743,7 +1744,8 @@ def pretrain(args: Args, run_dir: Path) -> None:
 
         # Checkpoint
         stopping = list(stop_signals)  # read once: a signal may come at any line
-        auto, waited = args.checkpoint_interval == "auto", time.perf_counter() - checkpoint_time
+        auto = args.checkpoint_interval == "auto"
+        waited = time.perf_counter() - checkpoint_time
         checkpoint_due = waited >= 300 if auto else due(args.checkpoint_interval, update)
         if args.checkpoint_interval != 0 and (checkpoint_due or stopping):
             check_finite(losses, update)
