@@ -767,6 +767,21 @@ def summarise(
     return sweep
 
 
+def best_setting(sweep: list[dict]) -> dict:
+    """The one with the best final test accuracy, as of summarise(); a diverged seed's nan loses."""
+    return max(sweep, key=lambda setting: np.nan_to_num(setting["final_accuracy_mean"], nan=-1.0))
+
+
+def summary(task: str, best: dict) -> str:
+    """One line for people: final test accuracy, its interval if there is one, and the setting."""
+    score = f"{best['final_accuracy_mean']:.3f}"
+    if best["final_accuracy_interval"] is not None:
+        low, high = best["final_accuracy_interval"]
+        score += f" [{low:.3f}, {high:.3f}] over {len(best['final_accuracy'])} seeds"
+    setting = f"learning rate {best['learning_rate']:g}, weight decay {best['weight_decay']:g}"
+    return f"{task}: final test accuracy {score}, {setting}"
+
+
 # --- Metrics --------------------------------------------------------------------------------------
 
 
@@ -1041,8 +1056,7 @@ def finish(args: Args, run_dir: Path, counters: Counters, replicas: Replicas) ->
     """
     measured = (counters.train_accuracy, counters.test_accuracy, counters.metrics)
     sweep = summarise(replicas.settings, *measured)
-    # The best by final test accuracy; one with a diverged seed has nan.
-    best = max(sweep, key=lambda setting: np.nan_to_num(setting["final_accuracy_mean"], nan=-1.0))
+    best = best_setting(sweep)
     # fmt: off
     result = {
         "script": Path(__file__).name, "exp_name": args.exp_name, "task": args.task,
@@ -1059,12 +1073,7 @@ def finish(args: Args, run_dir: Path, counters: Counters, replicas: Replicas) ->
     content = json.dumps(result, indent=2).encode()
     write_atomically(run_dir / "result.json", lambda file: file.write(content))
     (run_dir / "checkpoint.pth").unlink(missing_ok=True)
-    score = f"{best['final_accuracy_mean']:.3f}"
-    if args.num_seeds > 1:
-        low, high = best["final_accuracy_interval"]
-        score += f" [{low:.3f}, {high:.3f}] over {args.num_seeds} seeds"
-    setting = f"learning rate {best['learning_rate']:g}, weight decay {best['weight_decay']:g}"
-    print(f"{args.task}: final test accuracy {score}, {setting}; {run_dir / 'result.json'}")
+    print(f"{summary(args.task, best)}; {run_dir / 'result.json'}")
 
 
 def train(args: Args, run_dir: Path) -> None:

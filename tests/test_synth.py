@@ -599,3 +599,7 @@ def test_a_summary_by_hand():
     assert second["test_accuracy"][0] == [0.3, 0.5, 0.4]
     assert math.isnan(second["final_accuracy_mean"])
     assert second["metrics"][0]["active_units/head"][0] == 3.0
+    # The diverged setting loses wherever it stands.
+    assert synth.best_setting([first, second]) is synth.best_setting([second, first]) is first
+    line = "label: final test accuracy 0.700 [0.500, 0.900] over 2 seeds"
+    assert synth.summary("label", first) == f"{line}, learning rate 0.1, weight decay 0"
