@@ -10,7 +10,7 @@ r"""PLASTIC on DrQ-Rainbow for Atari-100k, in one file.
 Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning"
 (NeurIPS 2023), sections 4.2 and 4.3, appendices A.3 and B.2 (Algorithm 1, Table 5).
 
-PLASTIC, PLASTIC† and the base that they stand on:
+PLASTIC, PLASTIC† (LayerNorm and resets alone) and the base that they stand on:
 
     python plastic_drq_rainbow_atari.py --env-id Alien
     python plastic_drq_rainbow_atari.py --env-id Alien --exp-name ln_reset --no-crelu --sam-rho 0
@@ -411,10 +411,11 @@ class ReplayBuffer:
         """Begin with an episode's first frame, uint8 [84, 84]: at the start of every process.
 
         In a continued run, whose tensors come from a checkpoint, the life that was cut off ends
-        here. Nothing completes the windows of its newest transitions: they are never sampled.
+        here. This end and the n - 1 transitions before it lack what followed them: they stay at
+        priority 0, and are never sampled.
         """
         self.cursor, self.pending = int(self.cursor_tensor), 0
-        if not self.dones[self.cursor - 1]:  # of an empty buffer, every slot is
+        if not self.dones[self.cursor - 1]:  # in an empty buffer all slots are done
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
@@ -434,8 +435,8 @@ class ReplayBuffer:
         slots = torch.arange(first, first + num_complete, device=self.priorities.device)
         self.priorities[slots % self.num_slots] = self.max_priority
         self.pending -= num_complete
-        # Stacks of the three slots after the new frame would mix it with old ones. The two frames
-        # before it have taken two of these out of the draw; this takes out the third.
+        # With the new frame in slot 10, stacks of the slots 11, 12 and 13 would mix it with old
+        # ones. 11 and 12 left the draw when frames came into 8 and 9; now 13 leaves it.
         self.priorities[(self.cursor + FRAME_STACK - 1) % self.num_slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
@@ -444,8 +445,8 @@ class ReplayBuffer:
         Frames from before the current life are zeros.
         """
         slots = (index[:, None] + self.history) % self.num_slots
-        # Only what came after the last done is seen: dones 0, 1, 0 of the older three give 0, 0, 1,
-        # a product from right to left.
+        # A frame is seen if no done lies between it and the newest one. For dones 0, 1, 0 of the
+        # older three, not_done is 1, 0, 1; the product of each with all to its right is 0, 0, 1.
         not_done = ~self.dones[slots[:, :-1]]
         seen = not_done.flip(1).cumprod(1, dtype=torch.uint8).flip(1)
         frames = self.frames[slots]
@@ -571,9 +572,9 @@ def reset_optimizer(optimizer: torch.optim.Adam) -> None:
 
 @torch.no_grad()
 def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam) -> None:
-    """A fresh head, the same in both networks (section 4.1), and a fresh Adam; in place.
+    """A fresh head (section 4.1), the same in both networks, and a fresh Adam; in place.
 
-    Of Adam the paper says nothing: here it forgets its moments of the backbone, too.
+    Of target network and Adam the paper says nothing. Adam forgets the backbone's moments, too.
     """
     for module in online.head.modules():
         if hasattr(module, "reset_parameters"):
@@ -792,7 +793,13 @@ def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, C
     agent = Agent(num_actions, num_updates, args, generator)
     capacity = min(args.buffer_size, args.total_timesteps)  # a short run needs no more
     replay = ReplayBuffer(capacity, args.n_step, args.gamma, generator.device)
-    update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
+
+    def update() -> dict[str, Tensor]:
+        return agent.update(replay)
+
+    def act() -> Tensor:
+        return agent.act(replay.last_obs())
+
     if args.cuda_graph and args.device == "cuda":
         changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
         update = capture(update, changed, (generator,))
@@ -999,7 +1006,7 @@ def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, fl
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1): of -2 and 1 it is 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), not in size: of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -1016,6 +1023,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
     tridiagonal = np.zeros((101, 101))
+    # In the basis of the vectors so far the Hessian is tridiagonal. The eigenvalues of this small
+    # matrix are the Ritz values; the largest one grows towards the Hessian's with each vector.
     for k in range(100):
         product = hessian_times(vector) - beta * previous
         tridiagonal[k, k] = float(product @ vector)
@@ -1024,6 +1033,7 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
         if not math.isfinite(beta):
             return math.nan
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
+        # The residual: the norm of Hessian y - ritz_value y, y being the largest one's Ritz vector.
         if beta * abs(ritz_vectors[-1, -1]) <= 1e-3 * abs(ritz_values[-1]):
             break
         tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
@@ -1112,12 +1122,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def refuse_other_flags(args: Args, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags."""
     others = [
-        f"--{name.replace('_', '-')} {saved.get(name)}"
+        f"{name}={saved.get(name)}"
         for name, value in asdict(args).items()
         if name not in MAY_CHANGE and saved.get(name) != value
     ]
     if others:
-        advice = "use that, another --exp-name, or --overwrite"
+        advice = "pass the same, another --exp-name, or --overwrite"
         sys.exit(f"error: {path} was made with {', '.join(others)}; {advice}")
 
 
@@ -1315,7 +1325,7 @@ def train(args: Args, run_dir: Path) -> None:
                 counters.gradient_updates += 1
                 # Not on the last step: the evaluation would be of a fresh head.
                 if due(args.reset_interval, counters.gradient_updates) and not last:
-                    check_finite(losses, step)  # a fresh head may hide what is not
+                    check_finite(losses, step)  # before a fresh head hides a nan
                     agent.reset()
                     counters.resets += 1
         counters.training_seconds += time.perf_counter() - step_start
@@ -1348,7 +1358,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            advice = "; --resume continues" if checkpoint_path.exists() else ""
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 

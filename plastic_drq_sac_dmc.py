@@ -10,7 +10,7 @@ r"""PLASTIC on DrQ-SAC for the DeepMind Control suite from pixels, in one file.
 Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement Learning"
 (NeurIPS 2023), section 4.2, appendices A.4 and B.3 (Algorithm 2, Table 6).
 
-PLASTIC, PLASTIC† and the base that they stand on:
+PLASTIC, PLASTIC† (LayerNorm and resets alone) and the base that they stand on:
 
     python plastic_drq_sac_dmc.py --env-id quadruped-run
     python plastic_drq_sac_dmc.py --env-id quadruped-run --exp-name ln_reset --no-crelu --sam-rho 0
@@ -32,7 +32,8 @@ Where it departs from the paper's text (README.md and benchmark/RELEASE.md have 
   perturbed actor.
 - SAM has one norm for encoder and both Q-functions; Algorithm 2 has one per Q-function.
 - SAM and Adam move log alpha; Algorithm 2 moves alpha (lines 15 and 19).
-- A reset renews the latent layer, too, as released; Table 6 counts it to the backbone.
+- A reset renews the latent layer, too, as released; Table 6 counts it to the backbone. PLASTIC†
+  has no Shrink & Perturb here, which section 4.3 describes for Atari.
 - LayerNorm is in the encoder alone, as the main text has it; appendix A.4 adds the fully connected
   layers (--layer-norm-scope).
 - CReLU is in the MLPs alone, as for Atari; appendix A.4 replaces every ReLU (--crelu-scope).
@@ -505,7 +506,7 @@ class ReplayBuffer:
         self.num_slots = capacity + math.ceil(capacity / episode_steps) + frame_stack
         self.frame_stack = frame_stack
         self.frames = torch.zeros((self.num_slots, *frame_shape), dtype=torch.uint8, device=device)
-        # Ones, for start(): no episode has begun yet.
+        # Not zeros: start() would take the empty slot for an episode's first frame.
         self.ages = torch.ones(self.num_slots, dtype=torch.int64, device=device)
         self.actions = torch.zeros((self.num_slots, action_dim), device=device)
         self.rewards = torch.zeros(self.num_slots, device=device)
@@ -544,8 +545,8 @@ class ReplayBuffer:
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
         self.ages[self.cursor] = age
         self.valid[self.cursor] = False  # not acted on yet
-        # Stacks of the slots after the new frame would mix it with old ones (with stacks of three,
-        # two slots). The frames before it have taken the others out; this takes out the last one.
+        # With stacks of three and the new frame in slot 10, those of the slots 11 and 12 would mix
+        # it with old ones. 11 left the draw when a frame came into 9; now 12 leaves it.
         self.valid[(self.cursor + self.frame_stack - 1) % self.num_slots] = False
 
     def stack(self, index: Tensor) -> Tensor:
@@ -812,7 +813,7 @@ class Agent:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """All but the encoder and its Adam is fresh, the temperature included (section 4.1).
+        """All but the encoder and its Adam is fresh: heads (section 4.1), the rest as released.
 
         In place: load_state_dict() copies. The target's Q-functions are the same fresh ones.
         """
@@ -894,12 +895,19 @@ def make_agent(
     slots = torch.zeros(args.batch_size, dtype=torch.int64, device=replay_device)
     batch = Batch(*(entry.to(device) for entry in replay.gather(slots)))
     obs = replay.last_obs().to(device)
-    update, act = lambda: agent.update(batch), lambda: agent.act(obs)
+
+    def update() -> dict[str, Tensor]:
+        return agent.update(batch)
+
+    def act() -> Tensor:
+        return agent.act(obs)
+
     if args.cuda_graph and args.device == "cuda":
         update = capture(update, list(agent.tensors().values()), (agent.generator,))
         act = capture(act, [], (agent.generator,))
 
     def refill(entry: Tensor, new: Tensor) -> None:
+        # From pinned memory a copy to the GPU goes on while the CPU does.
         pinned = new if device == replay_device else new.pin_memory()
         entry.copy_(pinned, non_blocking=True)
 
@@ -1070,7 +1078,7 @@ def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, fl
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1): of -2 and 1 it is 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), not in size: of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -1087,6 +1095,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
     tridiagonal = np.zeros((101, 101))
+    # In the basis of the vectors so far the Hessian is tridiagonal. The eigenvalues of this small
+    # matrix are the Ritz values; the largest one grows towards the Hessian's with each vector.
     for k in range(100):
         product = hessian_times(vector) - beta * previous
         tridiagonal[k, k] = float(product @ vector)
@@ -1095,6 +1105,7 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
         if not math.isfinite(beta):
             return math.nan
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
+        # The residual: the norm of Hessian y - ritz_value y, y being the largest one's Ritz vector.
         if beta * abs(ritz_vectors[-1, -1]) <= 1e-3 * abs(ritz_values[-1]):
             break
         tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
@@ -1182,12 +1193,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def refuse_other_flags(args: Args, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags."""
     others = [
-        f"--{name.replace('_', '-')} {saved.get(name)}"
+        f"{name}={saved.get(name)}"
         for name, value in asdict(args).items()
         if name not in MAY_CHANGE and saved.get(name) != value
     ]
     if others:
-        advice = "use that, another --exp-name, or --overwrite"
+        advice = "pass the same, another --exp-name, or --overwrite"
         sys.exit(f"error: {path} was made with {', '.join(others)}; {advice}")
 
 
@@ -1360,14 +1371,13 @@ def train(args: Args, run_dir: Path) -> None:
         step_start = time.perf_counter()
         last = step == args.agent_steps
 
-        # Choose an action: line 4 of Algorithm 2. Before update(), which a GPU would first finish,
-        # while the simulation waits for the action.
+        # Choose an action: line 4 of Algorithm 2. Not after update(): the action, and with it the
+        # simulation, would wait until a GPU has learned.
         if step <= args.learning_starts:
             action = (2 * torch.rand(agent.action_dim) - 1).numpy()
         else:
             action = act()[0].cpu().numpy()  # waits for the device
-        if not np.isfinite(action).all():
-            check_finite(losses, step)  # ends the run: MuJoCo cannot simulate a nan
+        check_finite({"action": action.sum()}, step)  # MuJoCo cannot simulate a nan
 
         # Learn: lines 8 to 21
         if step >= args.learning_starts:
@@ -1422,7 +1432,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            advice = "; --resume continues" if checkpoint_path.exists() else ""
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 

@@ -96,7 +96,7 @@ class Args:
     exp_name: str = "auto"  # name of this setting, part of the run's directory (auto = the mode)
     run_dir: str = "runs"  # where run directories are made: <run-dir>/<env-id>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = CUDA where there is one
-    cuda_graph: bool = True  # update and choice of an action as CUDA graphs (no effect on the CPU)
+    cuda_graph: bool = True  # fine-tune by CUDA graphs, update and action (no effect on the CPU)
     torch_threads: int = 0  # PyTorch's CPU threads (0 = its own choice, at most 8)
     resume: bool = False  # continue an unfinished run, begin a new one, leave a finished one alone
     # between checkpoints: steps, or updates in pretraining (auto = 5 minutes, 0 = off)
@@ -149,7 +149,8 @@ class Args:
     sam_rho: float = 0.0  # radius of the SAM perturbation of all that is trained (0 = off)
     reset_interval: int = 0  # gradient updates from one Reset† to the next (0 = off)
     shrink_perturb_alpha: float = 0.6  # share of the encoder's weights kept at a reset (1 = off)
-    # what takes the rest: fresh weights, or those that the run began with
+    # what takes the rest: fresh weights, or those that the run began with (which a frozen encoder
+    # still has: it stays as it is)
     shrink_perturb_anchor: Literal["init", "pretrained"] = "init"
 
     # Evaluation, metrics (of fine-tuning alone), logging
@@ -359,8 +360,8 @@ def residual_conv(*sizes: int, scale: float = 12**-0.25, **options: int) -> nn.C
     """Convolution of a residual block: weights so small that the blocks' sum stays small.
 
     `sizes` are channels in and out, kernel and stride. Normal with standard deviation
-    scale * sqrt(2 / (outputs * kernel area)), the scale blocks ** -0.25 (Zhang et al., 2019). Of
-    nine blocks SimTPR's code makes twelve, as it counts the input as a fourth group of three.
+    scale * sqrt(2 / (outputs * kernel area)), the scale blocks ** -0.25 (Zhang et al., 2019). There
+    are nine blocks; SimTPR's code takes twelve, as it counts the input as a fourth group of three.
     """
     conv = nn.Conv2d(*sizes, **options)  # the bias as PyTorch has it
     fan_out = len(conv.weight) * conv.weight[0, 0].numel()
@@ -523,10 +524,11 @@ class ReplayBuffer:
         """Begin with an episode's first frame, uint8 [84, 84]: at the start of every process.
 
         In a continued run, whose tensors come from a checkpoint, the life that was cut off ends
-        here. Nothing completes the windows of its newest transitions: they are never sampled.
+        here. This end and the n - 1 transitions before it lack what followed them: they stay at
+        priority 0, and are never sampled.
         """
         self.cursor, self.pending = int(self.cursor_tensor), 0
-        if not self.dones[self.cursor - 1]:  # of an empty buffer, every slot is
+        if not self.dones[self.cursor - 1]:  # in an empty buffer all slots are done
             self.add(0, 0.0, True, frame)
             self.priorities[self.cursor - 1] = 0.0
         self.frames[self.cursor].copy_(torch.from_numpy(frame))
@@ -546,8 +548,8 @@ class ReplayBuffer:
         slots = torch.arange(first, first + num_complete, device=self.priorities.device)
         self.priorities[slots % self.num_slots] = self.max_priority
         self.pending -= num_complete
-        # Stacks of the three slots after the new frame would mix it with old ones. The two frames
-        # before it have taken two of these out of the draw; this takes out the third.
+        # With the new frame in slot 10, stacks of the slots 11, 12 and 13 would mix it with old
+        # ones. 11 and 12 left the draw when frames came into 8 and 9; now 13 leaves it.
         self.priorities[(self.cursor + FRAME_STACK - 1) % self.num_slots] = 0.0
 
     def stack(self, index: Tensor) -> Tensor:
@@ -556,8 +558,8 @@ class ReplayBuffer:
         Frames from before the current life are zeros.
         """
         slots = (index[:, None] + self.history) % self.num_slots
-        # Only what came after the last done is seen: dones 0, 1, 0 of the older three give 0, 0, 1,
-        # a product from right to left.
+        # A frame is seen if no done lies between it and the newest one. For dones 0, 1, 0 of the
+        # older three, not_done is 1, 0, 1; the product of each with all to its right is 0, 0, 1.
         not_done = ~self.dones[slots[:, :-1]]
         seen = not_done.flip(1).cumprod(1, dtype=torch.uint8).flip(1)
         frames = self.frames[slots]
@@ -683,9 +685,9 @@ def reset_optimizer(optimizer: torch.optim.Adam) -> None:
 
 @torch.no_grad()
 def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam) -> None:
-    """A fresh head, the same in both networks (section 4.1), and a fresh Adam; in place.
+    """A fresh head (section 4.1), the same in both networks, and a fresh Adam; in place.
 
-    Of Adam the paper says nothing: here it forgets its moments of the backbone, too.
+    Of target network and Adam the paper says nothing. Adam forgets the backbone's moments, too.
     """
     for module in online.head.modules():
         if hasattr(module, "reset_parameters"):
@@ -855,7 +857,8 @@ class Agent:
     def tensors(self) -> dict[str, Tensor]:
         """What update() and reset() change in place, generators and replay priorities aside.
 
-        Also the encoder's first weights, a reset's anchor: its file may change meanwhile.
+        Also the encoder's first weights, a reset's anchor: a continued run still opens the file
+        of the encoder, but has these in place of what is there.
         """
         tensors = {"updates": self.updates}
         for name, network in (("online", self.online), ("target", self.target)):
@@ -920,7 +923,13 @@ def make_agent(args: Args, generator: Generator) -> tuple[Agent, ReplayBuffer, C
     agent = Agent(backbone, num_actions, num_updates, args, generator)
     capacity = min(args.buffer_size, args.total_timesteps)  # a short run needs no more
     replay = ReplayBuffer(capacity, args.n_step, args.gamma, generator.device)
-    update, act = lambda: agent.update(replay), lambda: agent.act(replay.last_obs())
+
+    def update() -> dict[str, Tensor]:
+        return agent.update(replay)
+
+    def act() -> Tensor:
+        return agent.act(replay.last_obs())
+
     if args.cuda_graph and args.device == "cuda":
         changed = [*agent.tensors().values(), replay.priorities, replay.max_priority]
         update = capture(update, changed, (generator,))
@@ -1069,7 +1078,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1): of -2 and 1 it is 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), not in size: of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -1086,6 +1095,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
     tridiagonal = np.zeros((101, 101))
+    # In the basis of the vectors so far the Hessian is tridiagonal. The eigenvalues of this small
+    # matrix are the Ritz values; the largest one grows towards the Hessian's with each vector.
     for k in range(100):
         product = hessian_times(vector) - beta * previous
         tridiagonal[k, k] = float(product @ vector)
@@ -1094,6 +1105,7 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
         if not math.isfinite(beta):
             return math.nan
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
+        # The residual: the norm of Hessian y - ritz_value y, y being the largest one's Ritz vector.
         if beta * abs(ritz_vectors[-1, -1]) <= 1e-3 * abs(ritz_values[-1]):
             break
         tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
@@ -1170,12 +1182,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def refuse_other_flags(args: Args, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags."""
     others = [
-        f"--{name.replace('_', '-')} {saved.get(name)}"
+        f"{name}={saved.get(name)}"
         for name, value in asdict(args).items()
         if name not in MAY_CHANGE and saved.get(name) != value
     ]
     if others:
-        advice = "use that, another --exp-name, or --overwrite"
+        advice = "pass the same, another --exp-name, or --overwrite"
         sys.exit(f"error: {path} was made with {', '.join(others)}; {advice}")
 
 
@@ -1406,10 +1418,10 @@ def barlow_loss(one: Tensor, other: Tensor) -> Tensor:
 def stacks_kept(terminals: Tensor) -> Tensor:
     """Which stacks of a sequence SimTPR keeps; the others turn black: bool [N, T + 3] -> [N, T].
 
-    terminals mark an episode's last frame. Kept are the last stack whose newest frame is one, and
-    the stacks after it; without one, all. With T = 5 and terminals 0 0 0 0 0 1 0 0, stack 2, of the
-    frames 2 to 5, ends an episode: stacks 0 and 1 turn black, 3 and 4 show both episodes. Black
-    stacks count in the loss as all others do.
+    terminals mark an episode's last frame; a stack ends an episode if its newest frame is marked.
+    The stacks before the last one that does so turn black; if none does, all are kept. With T = 5
+    and terminals 0 0 0 0 0 1 0 0, stack 2, of the frames 2 to 5, ends an episode: stacks 0 and 1
+    turn black, 3 and 4 show both episodes. Black stacks count in the loss as all others do.
     """
     ends = terminals[:, FRAME_STACK - 1 :]  # [N, T], of each stack's newest frame: 0 0 1 0 0
     numbers = torch.arange(ends.shape[1], device=ends.device)
@@ -1633,7 +1645,7 @@ def train(args: Args, run_dir: Path) -> None:
                 counters.gradient_updates += 1
                 # Not on the last step: the evaluation would be of a fresh head.
                 if due(args.reset_interval, counters.gradient_updates) and not last:
-                    check_finite(losses, step)  # a fresh head may hide what is not
+                    check_finite(losses, step)  # before a fresh head hides a nan
                     agent.reset()
                     counters.resets += 1
         counters.training_seconds += time.perf_counter() - step_start
@@ -1666,7 +1678,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping or (last and stop_signals):  # these came while the last checkpoint was written
             progress.close()
-            advice = "; --resume continues" if checkpoint_path.exists() else ""
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 
@@ -1755,7 +1767,7 @@ def pretrain(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            advice = "; --resume continues" if checkpoint_path.exists() else ""
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
             print(f"stopped{advice} after update {update}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 

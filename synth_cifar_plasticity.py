@@ -11,7 +11,7 @@ Paper: "Improving Input and Label Plasticity for Sample Efficient Reinforcement 
 (NeurIPS 2023), section 3, Figures 2 (left) and 3, appendix A.2.
 
 PLASTIC, the base that it stands on, and a sweep of settings (30 seeds take hours; for a first look
-add --num-seeds 2 --num-stages 10 --updates-per-stage 100):
+add --num-seeds 2 --num-stages 10 --updates-per-stage 100, and to PLASTIC --reset-interval 3):
 
     python synth_cifar_plasticity.py --task label
     python synth_cifar_plasticity.py --task label --exp-name base --no-layer-norm --no-crelu \
@@ -534,20 +534,23 @@ class Replicas:
         # Convolutions and fully connected layers, in order: LayerNorm's parameters are vectors.
         layers = [n.removesuffix(".weight") for n, shape in self.shapes.items() if len(shape) > 1]
         for r in range(len(fresh)):  # one replica after the other, as it is rare
-            w, m, phi = (
-                {name: part[0] for name, part in self.parameters(rows[r : r + 1]).items()}
+            row = slice(r, r + 1)
+            w, m, phi = (  # views: what is set in w and m below is set in the replica
+                {name: part[0] for name, part in self.parameters(rows[row]).items()}
                 for rows in (self.weights, self.momentum, fresh)
             )
-            images = self.next_batch(slice(r, r + 1))[0][0]
-            forward = partial(functional_call, self.network, w, (images,))
-            scores = unit_scores(self.network, forward)
+            images, _ = self.next_batch(row)  # [1, B, 3, 32, 32]
+            scores = unit_scores(
+                self.network, partial(functional_call, self.network, w, (images[0],))
+            )
             # From the last layer back: between two dormant units the weight is 0.
             hidden = list(zip(scores.items(), layers[:-1], layers[1:], strict=True))
             for (activation, score), layer, following in reversed(hidden):
                 dormant = score <= self.args.redo_tau  # [units]; False where a score is nan
                 w[f"{layer}.weight"][dormant] = phi[f"{layer}.weight"][dormant]
                 m[f"{layer}.weight"][dormant] = 0
-                # What the next layer takes in: x+ of all units, then x-, each with its pixels.
+                # The next layer takes in x+ of all units, then x-, each with its pixels: of 2 units
+                # with 3 pixels [out, 12], seen as [out, 2 signs, 2 units, 3 pixels].
                 copies = 2 if isinstance(self.network.get_submodule(activation), CReLU) else 1
                 for p in (w, m):
                     p[f"{layer}.bias"][dormant] = 0
@@ -809,7 +812,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1): of -2 and 1 it is 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), not in size: of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
@@ -826,6 +829,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     vector = torch.randn(gradient.shape, generator=generator, device=gradient.device)
     vector, previous, beta = vector / vector.norm(), torch.zeros_like(vector), 0.0
     tridiagonal = np.zeros((101, 101))
+    # In the basis of the vectors so far the Hessian is tridiagonal. The eigenvalues of this small
+    # matrix are the Ritz values; the largest one grows towards the Hessian's with each vector.
     for k in range(100):
         product = hessian_times(vector) - beta * previous
         tridiagonal[k, k] = float(product @ vector)
@@ -834,6 +839,7 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
         if not math.isfinite(beta):
             return math.nan
         ritz_values, ritz_vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
+        # The residual: the norm of Hessian y - ritz_value y, y being the largest one's Ritz vector.
         if beta * abs(ritz_vectors[-1, -1]) <= 1e-3 * abs(ritz_values[-1]):
             break
         tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta
@@ -948,12 +954,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def refuse_other_flags(args: Args, saved: dict, path: Path) -> None:
     """End with one line if the run that `path` belongs to had other flags."""
     others = [
-        f"--{name.replace('_', '-')} {saved.get(name)}"
+        f"{name}={saved.get(name)}"
         for name, value in asdict(args).items()
         if name not in MAY_CHANGE and saved.get(name) != value
     ]
     if others:
-        advice = "use that, another --exp-name, or --overwrite"
+        advice = "pass the same, another --exp-name, or --overwrite"
         sys.exit(f"error: {path} was made with {', '.join(others)}; {advice}")
 
 
@@ -1160,7 +1166,7 @@ def train(args: Args, run_dir: Path) -> None:
             checkpoint_time = time.perf_counter()
         if stopping:
             progress.close()
-            advice = "; --resume continues" if checkpoint_path.exists() else ""
+            advice = "; --resume continues" if args.checkpoint_interval != 0 else ""
             print(f"stopped{advice} after update {step}", file=sys.stderr)
             sys.exit(128 + stopping[0])
 

@@ -16,14 +16,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+# Before PyTorch is imported, which then reads what this sets for OpenMP.
+import plastic_drq_rainbow_atari as script
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import plastic_drq_rainbow_atari as script
 
 
 @dataclass

@@ -23,8 +23,9 @@ for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
                 atari-reused | atari-noiseless) flags="--sam-noise ${variant/noiseless/none} --sam-scope all" ;;
                 atari-backbone | atari-head) flags="--sam-noise independent --sam-scope $variant" ;;
                 dmc-critic | dmc-actor) flags="--sam-scope $variant" ;;
-                *) continue ;;
+                *) continue ;; # of the other benchmark
             esac
+            any=yes
             if [[ $benchmark == atari ]]; then
                 for game in $GAMES; do
                     atari_line "$game" "$seed" "$method" "--replay-ratio 2${flags:+ $flags}"
@@ -37,3 +38,7 @@ for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
         done
     done
 done
+if [[ -z ${any:-} ]]; then
+    echo "error: none of METHODS=\"$METHODS\" is of BENCHMARKS=\"$BENCHMARKS\"" >&2
+    exit 2
+fi

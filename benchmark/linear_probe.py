@@ -2,7 +2,7 @@
 
     python benchmark/linear_probe.py --env-id Pong --model runs/Pong__pretrain__1/model.pth
 
-A random policy plays 16 games' worth of frames, which the encoder was not trained on; the
+A random policy plays in 16 environments, whose frames the encoder was not trained on; the
 console's memory (EnvPool's info["ram"]) tells where ball and paddles were. A ridge regression from
 the features of a stack of frames to each of these is fitted on 10 environments, its penalty chosen
 on 2 more, and R^2 is that on the last 4; without a ball in play, nothing counts.
@@ -18,14 +18,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+# Before PyTorch is imported, which then reads what this sets for OpenMP.
+import plastic_pretrained_finetune as script
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import plastic_pretrained_finetune as script
 
 NUM_ENVS, TRAINING, VALIDATION = 16, range(10), range(10, 12)
 RAM = {  # bytes of the console's memory: Atari Annotated RAM Interface (Anand et al., 2019)

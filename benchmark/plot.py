@@ -205,7 +205,7 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
 
 
 def figure4(runs: pd.DataFrame, path: Path) -> None:
-    """Plasticity metrics over time, a line per exp-name; dotted lines where runs were reset."""
+    """Metrics over time, a line per exp-name and length; dotted lines where runs were reset."""
     measured = runs.curves.map(lambda curves: bool(METRICS.keys() & curves.keys())).astype(bool)
     runs = runs[measured & (runs.benchmark == "atari")]  # as in the paper
     if runs.empty:
@@ -214,7 +214,7 @@ def figure4(runs: pd.DataFrame, path: Path) -> None:
     resets = {step for run in runs.itertuples() for step in reset_steps(run.args, run.steps)}
     figure, axes = panels(len(METRICS))
     for axis, (tag, title) in zip(axes, METRICS.items(), strict=True):
-        for i, (name, own) in enumerate(runs.groupby(names)):
+        for i, ((name, _), own) in enumerate(runs.groupby([names, "steps"])):
             found = [curves[tag] for curves in own.curves if tag in curves]
             if found:  # each line is thinner than those before it, which it may cover
                 line(axis, found, f"C{i}", method(name), lw=1 + 2 / (1 + i))

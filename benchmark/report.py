@@ -7,8 +7,9 @@
 Tables 1, 2, 3, 4 are aggregates over tasks with 95% bootstrap intervals, by rliable (`aggregates`
 has which); 7, 8, 9, 10 are mean returns by task. Atari is in human-normalized scores, DeepMind
 Control in returns. An aggregate takes as many seeds of each task as all tasks have; over fewer
-tasks than the benchmark has it is refused (exit code 1) unless --allow-missing. Without --table:
-accuracies of the synthetic experiment, returns of all other runs by task.
+tasks than the benchmark has it is refused unless --allow-missing (a table lacks it, with exit
+code 1; a figure is not drawn). Without --table: accuracies of the synthetic experiment, returns of
+all other runs by task.
 
 --readme FILE makes the reports of a Markdown file anew: between each `<!-- report.py FLAGS -->`
 and the next `<!-- end of report -->`, it puts what these flags print.
@@ -81,6 +82,7 @@ APART = set(
     "track wandb_project_name wandb_entity pretrained_path replay_device".split()
 )
 BY_TASK = {"action_repeat", "sam_rho"}
+GROUP = ["benchmark", "task", "exp_name", "steps"]  # what runs have in common that are averaged
 FLAGS = {  # part of an exp-name: the flag that is on in exactly the runs whose name has it
     "ln": "layer_norm", "sam": "sam_rho", "crelu": "crelu", "reset": "reset_interval",
     "redo": "redo_interval", "l2init": "l2_init", "clip": "weight_clip",
@@ -100,8 +102,8 @@ class Args:
     plot: Path | None = None  # draw figures in this directory
     csv: Path | None = None  # instead of tables: the runs' scores, to a file that --scores reads
     last: int = 5  # stages at the end over which the synthetic experiment's accuracy is averaged
-    reps: int = 2_000  # bootstrap samples
-    runs_per_gpu: int = 1  # runs that shared a GPU: their hours are divided by it (appendix A.1)
+    reps: int = 2_000  # bootstrap samples of aggregates
+    runs_per_gpu: int = 1  # runs that shared a GPU: aggregates divide hours by it (appendix A.1)
     allow_missing: bool = False  # aggregate over the tasks that are there
     readme: Path | None = None  # instead of all this: a Markdown file, whose reports are made anew
 
@@ -404,7 +406,8 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
 
     curves: {TensorBoard tag: [points, 2]}, environment steps and values. first, late: returns of
     its own episodes before learning starts, and of those that end in the last quarter of its steps.
-    random, constant: returns of such policies on the same task, whose own runs are left out.
+    random, constant: returns of such policies on the same task, whose own runs are left out; on a
+    game those of the Atari script count for fine-tuning, too, which evaluates in the same way.
     paper: the mean return that the paper prints, at its full length. public: on three tasks of
     DeepMind Control with 64x64 images, [points, 4], early evaluations of the ten seeds that the
     paper took as its base (Nikishin et al., 2022): steps, mean, lowest, highest.
@@ -418,7 +421,7 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
     }
     seeds = paper("dmc_base_public").set_index("task")
     policy = runs.args.map(fixed_policy)
-    fixed = runs.groupby(["benchmark", "task", policy]).returns.sum()  # lists, one after the other
+    fixed = runs.groupby(["task", policy]).returns.sum()  # lists, one after the other
     rows = runs[policy == ""].to_dict("records")
     for run in rows:
         events = EventAccumulator(str(run["path"]), size_guidance={"scalars": 0})
@@ -432,14 +435,29 @@ def with_curves(runs: pd.DataFrame) -> pd.DataFrame:
         first_steps = run["args"].get("learning_starts", 0) * repeat
         run["first"] = returns[steps <= first_steps].tolist()
         run["late"] = returns[steps > 0.75 * run["steps"]].tolist()
-        run["paper"] = printed.get((run["benchmark"], run["exp_name"], run["task"]), np.nan)
+        name = run["exp_name"].removesuffix("_metrics")  # which measure, and change nothing else
+        run["paper"] = printed.get((run["benchmark"], name, run["task"]), np.nan)
         same = (seeds.index == run["task"]) & (run["args"].get("image_size") == 64)
         run["public"] = seeds[same].to_numpy()
         for name in ("random", "constant"):
-            run[name] = fixed.get((run["benchmark"], run["task"], name), [])
+            run[name] = fixed.get((run["task"], name), [])
     if not rows:
         sys.exit("error: no runs there but of policies that learn nothing")
     return pd.DataFrame(rows)
+
+
+def comparable(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs without those of one task, name and length whose settings differ."""
+    kept = []
+    for (_, task, name, _), own in runs.groupby(GROUP, sort=False):
+        try:
+            check(own)
+            kept.append(own)
+        except SystemExit as error:
+            say(f"{name} on {task} left out: {error}")
+    if not kept:
+        sys.exit("error: no runs that can be put together")
+    return pd.concat(kept).sort_index()
 
 
 def show_returns(runs: pd.DataFrame) -> None:
@@ -448,13 +466,7 @@ def show_returns(runs: pd.DataFrame) -> None:
     The metrics are medians over the second half of each run's measurements.
     """
     rows, measured = [], []
-    by = ["benchmark", "task", "exp_name", "steps"]
-    for (_, task, name, steps), own in runs.groupby(by, sort=False):
-        try:
-            check(own)
-        except SystemExit as error:
-            say(f"{name} on {task} left out: {error}")
-            continue
+    for (_, task, name, steps), own in runs.groupby(GROUP, sort=False):
         random, constant, late = plot.random_returns(own), own.constant.iloc[0], own.late.sum()
         which = {"task": task, "run": name, "steps": f"{steps:,}"}
         row = dict(which)
@@ -473,8 +485,6 @@ def show_returns(runs: pd.DataFrame) -> None:
             row[title] = f"{np.median(values):.3g}" if values else ""
         if measurements:
             measured.append(row)
-    if not rows:
-        sys.exit("error: no runs that can be put together")
     show("Returns", rows, 1)
     if measured:
         show("Plasticity, medians over the second half of the measurements", measured, 3)
@@ -511,7 +521,7 @@ def write_scores(runs: pd.DataFrame, path: Path) -> None:
 
 
 def report(args: Args) -> int:
-    """Print the tables, draw the figures; 1 if an aggregate was refused."""
+    """Print the tables, draw the figures; 1 if an aggregate of a table was refused."""
     runs = read_scores(args.scores, args.benchmark) if args.scores else read_runs(args.runs)
     synthetic, runs = runs[runs.benchmark == "synthetic"], runs[runs.benchmark != "synthetic"]
     if runs.empty and (args.table is not None or args.scores is not None):
@@ -542,7 +552,7 @@ def report(args: Args) -> int:
         if args.table is None:
             show_synthetic(synthetic, late, last)
     if args.runs and len(runs) and more_than_a_table:
-        learning = with_curves(runs)
+        learning = comparable(with_curves(runs))
         if args.table is None:
             show_returns(learning)
     if args.plot is not None:

@@ -8,7 +8,7 @@
 #     --jobs N      tasks at a time (default 64)
 #     --submit N    tasks to submit, where the cluster limits how many one may have queued (default: its MaxArraySize)
 #     --logs DIR    where each grid gets a directory (default runs/grids, from here) with a log and an exit code of each line
-#     --dry-run     print what would be submitted, and which lines have failed so far
+#     --dry-run     print what would be submitted, of how many tasks, and which lines have failed so far
 #
 # All other flags are sbatch's; with its --wait this stays until the tasks have ended, and exits with 1 if one of them failed.
 # When they have ended, the same command submits what is left: lines that ended well are left out, those not begun come first,
@@ -97,7 +97,7 @@ command=(sbatch "${options[@]}" --job-name "$name" --array "0-$((now - 1))%$jobs
     "$dir/task.sh" "$dir" "$per_gpu")
 if [[ $dry_run == 1 ]]; then
     printf '%q ' "${command[@]}"
-    echo
+    printf '\n# %s of %s tasks\n' "$now" "$tasks"
     exit
 fi
 printf '%s\n' "$grid" > "$dir/grid.txt"

@@ -36,14 +36,16 @@ from types import ModuleType
 from typing import Literal
 from unittest import mock
 
-import numpy as np
-import torch
-import tyro
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+# Before PyTorch is imported, which then reads what this sets for OpenMP.
 import plastic_drq_rainbow_atari
 import plastic_pretrained_finetune
 import synth_cifar_plasticity
+
+# isort: split
+import numpy as np
+import torch
+import tyro
 
 WARM_UP = 5  # calls before those that count
 

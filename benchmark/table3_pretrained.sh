@@ -6,7 +6,8 @@
 #
 # MODELS says where the encoders are, {} standing for the game; the default is where the first stage puts them.
 # VIDEOS, in the first stage, says where the DQN Replay dataset's files of each game are; else random play is recorded.
-# ANCHOR=pretrained shrinks the encoder towards its pretrained weights, not towards fresh ones (exp-names in _anchored).
+# ANCHOR=pretrained pulls the encoder to its pretrained weights, not to fresh ones: frozen, it stays as it is, and a reset is of
+# the head alone (exp-names in _anchored).
 source "$(dirname "$0")/grid.sh"
 choose_one STAGE "finetune pretrain"
 choose GAMES "$ATARI"

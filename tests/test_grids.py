@@ -386,7 +386,7 @@ def test_a_failing_line_under_slurm(tmp_path):
     assert [logs(tmp_path)[f"{i}.exit"] for i in (1, 2, 3)] == ["0\n", "4\n", "0\n"]
     # What has failed is named, and left to do.
     code, output, error = run("run_slurm", tmp_path, lines, *SLURM, "--dry-run")
-    assert code == 0 and "--array 0-0%64 " in output
+    assert code == 0 and "--array 0-0%64 " in output and output.endswith("# 1 of 1 tasks\n")
     first, second = error.strip().splitlines()
     assert first == f"failed before, exit code 4: {lines[1]}" and second.endswith("2.log: wrong")
 
@@ -442,6 +442,7 @@ def test_arrays_of_slurm(tmp_path):
     told.unlink()
     dry_run = run("run_slurm", tmp_path, lines, *SLURM, "--dry-run")
     assert dry_run[0] == 0 and dry_run[1].startswith("sbatch --job-name grid-")
+    assert dry_run[1].endswith("\n# 10 of 25 tasks\n")
     assert not told.exists()
     stand_in(tmp_path, "squeue", "echo 7")
     code, output, error = run("run_slurm", tmp_path, lines, *SLURM)

@@ -128,7 +128,7 @@ def test_resume_begins_goes_on_refuses_other_flags_by_name_and_leaves_a_finished
     for steps_left in (case.steps // 3, 0):
         before = contents(run_dir)
         for name, value in case.other.items():
-            was = f"was made with --{name.replace('_', '-')} {getattr(args, name)}; use that"
+            was = f"was made with {name}={getattr(args, name)}; pass the same"
             with pytest.raises(SystemExit) as exit_info:
                 play(case, resume=True, **{name: value})
             assert was in exit_info.value.code

@@ -482,11 +482,13 @@ def test_policies_that_learn_nothing_are_measured_apart(tmp_path, capsys, figure
         write_run(tmp_path / "apart", "Pong", "constant", seed, constant, action=seed)
     assert "policies that learn nothing" in refused(tmp_path / "apart")
     write_run(tmp_path, "Pong", "random", 3, 1.0, eval_epsilon=0.001)  # a run named so that learns
+    write_run(tmp_path, "Pong", "tuned", 1, 2.0, "plastic_pretrained_finetune.py")
     assert printed(capsys, runs=(tmp_path,), plot=tmp_path) == [
         "| Krull | base | 100,000 | 20.0 (1 episodes) |  |  | 5.0 | 1 | 3612.1 | 2.0 |",
         "| Pong | base | 100,000 | -18.5 (4 episodes) | -20.5 |  | 5.0 [5.0, 5.0] | 2 | -8.8 "
         "| 2.0 |",
         "| Pong | random | 100,000 | -18.5 (4 episodes) | -20.5 |  | 1.0 | 1 |  | 2.0 |",
+        "| Pong | tuned | 100,000 | -18.5 (4 episodes) | -20.5 |  | 2.0 | 1 |  | 2.0 |",
     ]
     krull, pong = figures["curves.png"].axes[:2]
     lines = [set(line.get_ydata()) for line in (krull.get_lines()[-1], *pong.get_lines()[-2:])]
@@ -504,10 +506,12 @@ def test_rows_are_of_one_benchmark_and_length(tmp_path, capsys):
     write_run(tmp_path / "a", "Pong", "base", 2, 1.0, scalars=scalars)
     write_run(tmp_path / "b", "Pong", "base", 1, 2.0, scalars=scalars, steps=5000)
     write_run(tmp_path / "c", "Pong", "base", 1, 3.0, "plastic_pretrained_finetune.py")
+    write_run(tmp_path / "d", "Pong", "base_metrics", 1, 4.0)  # base's, but for the metrics
     assert printed(capsys, runs=(tmp_path,)) == [
         "| Pong | base | 100,000 |  |  |  | 1.0 [1.0, 1.0] | 2 | -8.8 | 2.0 |",
         "| Pong | base | 5,000 |  |  |  | 2.0 | 1 | -8.8 | 2.0 |",
         "| Pong | base | 100,000 |  |  |  | 3.0 | 1 |  | 2.0 |",
+        "| Pong | base_metrics | 100,000 |  |  |  | 4.0 | 1 | -8.8 | 2.0 |",
         "| Pong | base | 100,000 | 2 | 2.5 | 0.25 |  |",
         "| Pong | base | 5,000 | 1 | 3.25 | 0.25 |  |",
     ]
@@ -521,6 +525,11 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     for seed, values in ((1, (1.0, 4.0)), (2, (3.0, 8.0))):
         points = list(zip((5000, 10000), values, strict=True))
         write_run(tmp_path, "Pong", "base_metrics", seed, 0.0, scalars={tag: points})
+    # In no line with these: a run of another length, and runs whose settings differ.
+    write_run(tmp_path, "Pong", "base_metrics", 3, 0.0, steps=5000, scalars={tag: [(5000, 99.0)]})
+    for size in (16, 32):
+        scalars = {tag: [(5000, 5.0)]}
+        write_run(tmp_path, "Pong", "crelu_metrics", size, 0.0, scalars=scalars, batch_size=size)
     own = dict(learning_starts=2000, replay_ratio=2)
     scalars = {tag: [(5000, 7.0)]}
     write_run(
@@ -537,10 +546,11 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     numbers = "figure1 figure2 figure4 figure5 figure5_dmc figure6 intervals_atari intervals_dmc"
     assert set(figures) == {f"{name}.png" for name in numbers.split()}
     eigenvalue, active, _ = figures["figure4.png"].axes
-    mean, *seeds, reset = [line.get_xydata().tolist() for line in eigenvalue.get_lines()[:4]]
+    short, mean, *seeds, reset = [line.get_xydata().tolist() for line in eigenvalue.get_lines()[:5]]
+    assert short == [[5.0, 99.0]]
     assert mean == [[5.0, 2.0], [10.0, 6.0]]  # of base; Reset has one run; none of Control
     assert seeds == [[[5.0, 1.0], [10.0, 4.0]], [[5.0, 3.0], [10.0, 8.0]]] and reset == [[5.0, 7.0]]
-    assert len(eigenvalue.get_lines()) == 4 + 3  # the resets
+    assert len(eigenvalue.get_lines()) == 5 + 3  # the resets
     # Two updates a step, from step 2,000 on: update 65,333 is the first of step 34,666's, 130,666
     # the second of 67,332's, 195,999 the first of 99,999's. Base has no resets.
     vertical = [line.get_xdata()[0] for line in active.get_lines()]

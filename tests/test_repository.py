@@ -135,6 +135,9 @@ def test_openmp_knows_how_long_to_spin():
     said = in_a_process(before[0] + "import torch\n", OMP_DISPLAY_ENV="verbose")
     assert "GOMP_SPINCOUNT = '1000'" in said
     assert all('os.environ.setdefault("GOMP_SPINCOUNT", "1000")\n\nimport' in b for b in before)
+    for path in (ROOT / "benchmark").glob("*.py"):  # those that train or play import a script first
+        first = path.read_text().split("import torch\n")[0]
+        assert first == path.read_text() or "\nimport plastic_" in first
 
 
 FAULTS = """
