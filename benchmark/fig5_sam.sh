@@ -39,6 +39,6 @@ for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
     done
 done
 if [[ -z ${any:-} ]]; then
-    echo "error: none of METHODS=\"$METHODS\" is of BENCHMARKS=\"$BENCHMARKS\"" >&2
+    echo "error: METHODS: none of \"$METHODS\" is of BENCHMARKS=\"$BENCHMARKS\"" >&2
     exit 2
 fi
