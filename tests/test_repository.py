@@ -72,7 +72,7 @@ OWN = {  # of the same name and purpose, but about each script's own data
     "dmc": "Batch ReplayBuffer make_generators evaluate summary save_gif start_logging train "
     "save_checkpoint load_checkpoint finish",
     # It has neither episodes nor models.
-    "synth": "evaluate start_logging train save_checkpoint load_checkpoint finish",
+    "synth": "evaluate summary start_logging train save_checkpoint load_checkpoint finish",
 }
 
 
