@@ -1377,7 +1377,8 @@ def train(args: Args, run_dir: Path) -> None:
             action = (2 * torch.rand(agent.action_dim) - 1).numpy()
         else:
             action = act()[0].cpu().numpy()  # waits for the device
-        check_finite({"action": action.sum()}, step)  # MuJoCo cannot simulate a nan
+        if not np.isfinite(action).all():  # MuJoCo cannot simulate a nan: this ends the run
+            check_finite(losses | {"action": action.sum()}, step)
 
         # Learn: lines 8 to 21
         if step >= args.learning_starts:

@@ -14,6 +14,7 @@ sam_critic sam_actor"
 choose GAMES "$ATARI"
 choose TASKS "$DMC"
 
+any=
 for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
     for benchmark in $BENCHMARKS; do
         for method in $METHODS; do
@@ -38,7 +39,7 @@ for seed in ${SEEDS:-$(seq 5)}; do # one seed of everything before the second
         done
     done
 done
-if [[ -z ${any:-} ]]; then
+if [[ -z $any ]]; then
     echo "error: METHODS: none of \"$METHODS\" is of BENCHMARKS=\"$BENCHMARKS\"" >&2
     exit 2
 fi

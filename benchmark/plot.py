@@ -211,13 +211,15 @@ def figure4(runs: pd.DataFrame, path: Path) -> None:
     if runs.empty:
         return
     names = runs.exp_name.str.removesuffix("_metrics")
+    lengths = runs.groupby(names).steps.nunique()
     resets = {step for run in runs.itertuples() for step in reset_steps(run.args, run.steps)}
     figure, axes = panels(len(METRICS))
     for axis, (tag, title) in zip(axes, METRICS.items(), strict=True):
-        for i, ((name, _), own) in enumerate(runs.groupby([names, "steps"])):
+        for i, ((name, steps), own) in enumerate(runs.groupby([names, "steps"])):
+            label = method(name) + (f", {steps:,} steps" if lengths[name] > 1 else "")
             found = [curves[tag] for curves in own.curves if tag in curves]
             if found:  # each line is thinner than those before it, which it may cover
-                line(axis, found, f"C{i}", method(name), lw=1 + 2 / (1 + i))
+                line(axis, found, f"C{i}", label, lw=1 + 2 / (1 + i))
         for step in sorted(resets):
             axis.axvline(step / 1000, color="gray", linestyle=":", label="resets")
         axis.set(title=title)
@@ -362,7 +364,7 @@ def intervals(title: str, rows: dict[str, dict], names: list[str], path: Path) -
 
 def draw(directory, runs, late, title, aggregate, table2, tables) -> None:
     """All figures that these runs give; `table2` is the paper's, `tables` are those printed."""
-    if "curves" in runs:
+    if len(runs):
         learning_curves(runs, directory / "curves.png")
         figure4(runs, directory / "figure4.png")
     figure1(table2, aggregate, directory / "figure1.png")

@@ -8,7 +8,7 @@ Tables 1, 2, 3, 4 are aggregates over tasks with 95% bootstrap intervals, by rli
 has which); 7, 8, 9, 10 are mean returns by task. Atari is in human-normalized scores, DeepMind
 Control in returns. An aggregate takes as many seeds of each task as all tasks have; over fewer
 tasks than the benchmark has it is refused unless --allow-missing (a table lacks it, with exit
-code 1; a figure is not drawn). Without --table: accuracies of the synthetic experiment, returns of
+code 1; a figure leaves it out). Without --table: accuracies of the synthetic experiment, returns of
 all other runs by task.
 
 --readme FILE makes the reports of a Markdown file anew: between each `<!-- report.py FLAGS -->`
@@ -82,7 +82,7 @@ APART = set(
     "track wandb_project_name wandb_entity pretrained_path replay_device".split()
 )
 BY_TASK = {"action_repeat", "sam_rho"}
-GROUP = ["benchmark", "task", "exp_name", "steps"]  # what runs have in common that are averaged
+GROUP = ["benchmark", "task", "exp_name", "steps"]  # what the runs of a row of returns share
 FLAGS = {  # part of an exp-name: the flag that is on in exactly the runs whose name has it
     "ln": "layer_norm", "sam": "sam_rho", "crelu": "crelu", "reset": "reset_interval",
     "redo": "redo_interval", "l2init": "l2_init", "clip": "weight_clip",
@@ -455,9 +455,7 @@ def comparable(runs: pd.DataFrame) -> pd.DataFrame:
             kept.append(own)
         except SystemExit as error:
             say(f"{name} on {task} left out: {error}")
-    if not kept:
-        sys.exit("error: no runs that can be put together")
-    return pd.concat(kept).sort_index()
+    return pd.concat(kept).sort_index() if kept else runs[:0]
 
 
 def show_returns(runs: pd.DataFrame) -> None:
@@ -465,6 +463,8 @@ def show_returns(runs: pd.DataFrame) -> None:
 
     The metrics are medians over the second half of each run's measurements.
     """
+    if runs.empty:
+        sys.exit("error: no runs that can be put together")
     rows, measured = [], []
     for (_, task, name, steps), own in runs.groupby(GROUP, sort=False):
         random, constant, late = plot.random_returns(own), own.constant.iloc[0], own.late.sum()

@@ -327,10 +327,12 @@ def test_a_second_signal_ends_the_process_at_once(case, play, capfd):
 
 
 def test_a_stopped_run_says_how_it_goes_on_if_it_can(case, play, run_dir, capfd):
-    for interval, can in (("auto", True), (0, False)):
+    for interval, can in ((0, False), ("auto", True)):
         stopped(play, case, 5, checkpoint_interval=interval, overwrite=True)
         last_line = capfd.readouterr().err.splitlines()[-1]
         assert ("--resume" in last_line) == (run_dir / "checkpoint.pth").exists() == can
+    stopped(play, case, 2, checkpoint_interval=0, resume=True)  # goes on after 5, not after 7
+    assert "--resume" not in capfd.readouterr().err.splitlines()[-1]
 
 
 @only(*PLAYING)

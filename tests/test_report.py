@@ -548,6 +548,8 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     eigenvalue, active, _ = figures["figure4.png"].axes
     short, mean, *seeds, reset = [line.get_xydata().tolist() for line in eigenvalue.get_lines()[:5]]
     assert short == [[5.0, 99.0]]
+    legend = [text.get_text() for text in figures["figure4.png"].legends[0].get_texts()]
+    assert legend == ["base, 5,000 steps", "base, 100,000 steps", "Reset", "resets"]
     assert mean == [[5.0, 2.0], [10.0, 6.0]]  # of base; Reset has one run; none of Control
     assert seeds == [[[5.0, 1.0], [10.0, 4.0]], [[5.0, 3.0], [10.0, 8.0]]] and reset == [[5.0, 7.0]]
     assert len(eigenvalue.get_lines()) == 5 + 3  # the resets
@@ -655,24 +657,30 @@ def test_the_results_page_shows_what_its_results_give(tmp_path, monkeypatch, fig
     assert all((ROOT / "benchmark" / path).exists() for path in shown)
 
 
-def test_the_results_page_has_its_gains_by_weight_decay_from_the_sweeps():
-    """That table is made by hand: points above base, each decay by itself, the last 5 stages."""
+@pytest.mark.parametrize(
+    "task, last_directory", [("label", "synth_full/*1-1"), ("input", "released_images/*1-3")]
+)
+def test_the_results_page_has_its_gains_by_setting_from_the_sweeps(task, last_directory):
+    """These tables are made by hand: points above base at the same setting, the last 5 stages."""
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
-    head, _, *rows = text.split("| runs | weight decay |")[1].split("\n\n")[0].splitlines()
+    title = {"input": "images", "label": "labels"}[task]
+    table = text.split(f"| new {title}, runs | weight decay |")[1].split("\n\n")[0]
+    head, _, *rows = table.splitlines()
     *methods, _ = head.strip(" |").split(" | ")
-    directories = ["figure3/*1-3", "figure3/*1-3", "synth_full/*1-1"]
+    directories = ["figure3/*1-3", "figure3/*1-3", last_directory]
     for row, directory in zip(rows, directories, strict=True):
         label, decay, *gains, seeds = (cell.strip() for cell in row[1:-1].split("|"))
         if label != "the same":
             rate = float(label.split("learning rate ")[1])
         setting = {"learning_rate": rate, "weight_decay": float(decay.split()[0])}
         accuracy = {}
-        for path in (ROOT / "benchmark" / "results").glob(directory.replace("*", "label__*__")):
+        for path in (ROOT / "benchmark" / "results").glob(directory.replace("*", f"{task}__*__")):
             for tried in json.loads((path / "result.json").read_text())["sweep"]:
                 if setting.items() <= tried.items():
                     last = [np.mean(curve[-5:]) for curve in tried["test_accuracy"]]
                     assert len(last) == int(seeds)
                     accuracy[path.name.split("__")[1]] = 100 * np.mean(last)
+        assert f"(base {accuracy['base'] / 100:.3f})" in decay
         for method, gain in zip(methods, gains, strict=True):
             above = accuracy.get(method.lower().replace(" + ", "_"), np.nan) - accuracy["base"]
             assert gain == ("" if np.isnan(above) else f"{above:+.1f}")
