@@ -540,9 +540,8 @@ class Replicas:
                 for rows in (self.weights, self.momentum, fresh)
             )
             images, _ = self.next_batch(row)  # [1, B, 3, 32, 32]
-            scores = unit_scores(
-                self.network, partial(functional_call, self.network, w, (images[0],))
-            )
+            forward = partial(functional_call, self.network, w, (images[0],))
+            scores = unit_scores(self.network, forward)
             # From the last layer back: between two dormant units the weight is 0.
             hidden = list(zip(scores.items(), layers[:-1], layers[1:], strict=True))
             for (activation, score), layer, following in reversed(hidden):
@@ -812,7 +811,7 @@ def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str,
 
 
 def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator) -> float:
-    """Largest eigenvalue of the Hessian of `loss` (section 4.1), not in size: of -2 and 1 it is 1.
+    """Largest eigenvalue of the Hessian of `loss` (section 4.1), signed: of -2 and 1 it is 1.
 
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
