@@ -29,6 +29,19 @@ def test_steps_of_the_environment_are_the_agents_times_the_repeats(play, tmp_pat
     assert (result["agent_steps"], result["env_steps"]) == (30, 30 * repeat)
 
 
+def test_an_action_that_is_not_finite_is_not_played(play, monkeypatch, stored):
+    """Also where the losses, which are of the update before, are finite."""
+    original, learning_starts = dmc.Agent.act, flags_of(CASE, None)["learning_starts"]
+
+    def act(self, obs):
+        return original(self, obs) + (float("nan") if len(stored) >= learning_starts + 3 else 0)
+
+    monkeypatch.setattr(dmc.Agent, "act", act)
+    with pytest.raises(SystemExit, match="action is not finite"):
+        play(CASE)
+    assert all(np.isfinite(action).all() for action, _ in stored)
+
+
 def test_an_update_comes_before_its_steps_transition(play, monkeypatch):
     """The first one at step learning_starts, on the transitions of the steps before."""
     seen, original = [], dmc.ReplayBuffer.sample
