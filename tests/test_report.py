@@ -686,18 +686,20 @@ def test_the_results_page_has_its_gains_by_setting_from_the_sweeps(task, last_di
             assert gain == ("" if np.isnan(above) else f"{above:+.1f}")
 
 
-@pytest.mark.parametrize("task", ["input", "label"])
-def test_the_results_page_has_what_each_method_adds_to_each_other(task):
-    """Two tables made by hand, at decay 0.001: bold if all seeds gain, in brackets if none does."""
+@pytest.mark.parametrize("title, directory, decay", [
+    ("new images", "figure3/input", 0.001), ("new labels", "figure3/label", 0.001),
+    ("new images, released", "released_images/input", 0),
+])  # fmt: skip
+def test_the_results_page_has_what_each_method_adds_to_each_other(title, directory, decay):
+    """Tables made by hand: bold if all seeds gain, in brackets if none does."""
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
-    title = {"input": "images", "label": "labels"}[task]
-    head, _, *rows = text.split(f"| new {title} |")[1].split("\n\n")[0].splitlines()
+    head, _, *rows = text.split(f"| {title} |")[1].split("\n\n")[0].splitlines()
     columns = head.strip(" |").split(" | ")
     assert [row.split(" | ")[0] for row in rows] == [f"| + {column}" for column in columns[1:]]
     accuracy = {}
-    for path in (ROOT / "benchmark" / "results" / "figure3").glob(f"{task}__*__1-3/result.json"):
+    for path in (ROOT / "benchmark" / "results").glob(f"{directory}__*__1-3/result.json"):
         for tried in json.loads(path.read_text())["sweep"]:
-            if tried["weight_decay"] == 0.001:
+            if tried["weight_decay"] == decay:
                 methods = frozenset(path.parent.name.split("__")[1].split("_")) - {"base"}
                 accuracy[methods] = 100 * np.mean(np.array(tried["test_accuracy"])[:, -5:], 1)
     for row in rows:
