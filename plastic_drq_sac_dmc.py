@@ -619,7 +619,7 @@ def sam_perturbed(parameters: list[Tensor], rho: float) -> Iterator[None]:
     """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
     g is what .grad holds, and the norm is one over all `parameters`. A parameter without gradient
-    stays. The block computes the gradient once more; the optimizer's step comes after it.
+    stays. The block zeroes .grad and computes the gradient anew; the optimizer's step comes after.
     """
     with torch.no_grad():
         perturbed = [w for w in parameters if w.grad is not None]
@@ -673,7 +673,8 @@ def set_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> None:
 class Agent:
     """DrQ-SAC with the paper's interventions: networks, optimizers, acting, Algorithm 2.
 
-    act() and update() have no .item(), and change tensors in place: a CUDA graph can replay them.
+    When to call reset() is the caller's matter. act() and update() have no .item(), and change
+    tensors in place: a CUDA graph can replay them.
     """
 
     def __init__(self, action_dim: int, args: Args, generator: Generator) -> None:
@@ -1083,7 +1084,7 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
     falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
-    digits. nan for a loss that is not finite.
+    digits. The loss depends on all `parameters`. nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])

@@ -278,8 +278,8 @@ class CReLU(nn.Module):
 class NoisyLinear(nn.Module):
     """Linear layer with factorised Gaussian noise on its weights (Eq. 2; Fortunato et al., 2018).
 
-    The noise is one draw for the whole batch and stays until sample_noise(). In eval mode there is
-    none: the layer is that of the mean weights.
+    The noise is one draw for the whole batch and stays until sample_noise(); it begins as 0. In
+    eval mode there is none: the layer is that of the mean weights.
     """
 
     def __init__(self, in_features: int, out_features: int, noisy_std: float) -> None:
@@ -488,9 +488,9 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """Prioritised replay of single frames; stacks and n-step returns are built when sampled.
 
-    A slot holds a frame, the action taken on it, the clipped reward, and whether that ended the
-    return (done: a lost life, game over, the time limit). The slot at `cursor` holds the newest
-    frame, not acted on yet. With n_step = 3 and a life that ends at slot 8:
+    A slot holds a frame, the action taken on it, the reward (clipped by the caller), and whether
+    that ended the return (done: a lost life, game over, the time limit). The slot at `cursor` holds
+    the newest frame, not acted on yet. With n_step = 3 and a life that ends at slot 8:
 
         slot      7   8   9  10    cursor = 10
         frame    f7  f8  g0  g1    g0 begins the next life
@@ -614,7 +614,8 @@ class ReplayBuffer:
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
         """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set.
 
-        A slot can be there twice, augmented differently: either priority may stay.
+        They are already raised to alpha, and above 0. A slot can be there twice, augmented
+        differently: either priority may stay.
         """
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
@@ -659,7 +660,7 @@ def sam_perturbed(parameters: list[Tensor], rho: float) -> Iterator[None]:
     """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
     g is what .grad holds, and the norm is one over all `parameters`. A parameter without gradient
-    stays. The block computes the gradient once more; the optimizer's step comes after it.
+    stays. The block zeroes .grad and computes the gradient anew; the optimizer's step comes after.
     """
     with torch.no_grad():
         perturbed = [w for w in parameters if w.grad is not None]
@@ -687,7 +688,8 @@ def reset_optimizer(optimizer: torch.optim.Adam) -> None:
 def reset_head(online: nn.Module, target: nn.Module, optimizer: torch.optim.Adam) -> None:
     """A fresh head (section 4.1), the same in both networks, and a fresh Adam; in place.
 
-    Of target network and Adam the paper says nothing. Adam forgets the backbone's moments, too.
+    Layers are drawn by their reset_parameters(). Of target network and Adam the paper says nothing.
+    Adam forgets the backbone's moments, too.
     """
     for module in online.head.modules():
         if hasattr(module, "reset_parameters"):
@@ -717,8 +719,9 @@ def shrink_towards(anchor: list[Tensor], networks: tuple[nn.Module, ...], alpha:
 def project(next_probs: Tensor, n_step_return: Tensor, discount: Tensor, support: Tensor) -> Tensor:
     """C51's projection of R + discount * z onto the support (Bellemare et al., 2017, Eq. 7).
 
-    [B, N], [B], [B] and the support [N], equally spaced, -> [B, N]. An atom's mass is split between
-    its two neighbours by nearness: of 0.4 landing on 1.3, atom 1 gets 0.7 * 0.4, atom 2 0.3 * 0.4.
+    Probabilities [B, N], returns [B] (not [B, 1]), discounts [B] and the support [N], equally
+    spaced, -> [B, N]. An atom's mass is split between its two neighbours by nearness: of 0.4
+    landing on 1.3, atom 1 gets 0.7 * 0.4, atom 2 0.3 * 0.4.
     """
     delta = support[1] - support[0]
     atoms = n_step_return[:, None] + discount[:, None] * support
@@ -747,9 +750,9 @@ def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 class Agent:
     """DrQ-Rainbow on a given encoder, frozen or not: networks, optimizer, Algorithm 1, Reset†.
 
-    `num_updates` is that of the whole run, over which PER's beta rises to 1. act() and update()
-    have no .item(), and change tensors in place: a CUDA graph can replay them. A frozen encoder
-    has neither gradient nor optimizer state.
+    `num_updates` is that of the whole run, over which PER's beta rises to 1; when to call reset()
+    is the caller's matter. act() and update() have no .item(), and change tensors in place: a CUDA
+    graph can replay them. A frozen encoder has neither gradient nor optimizer state.
     """
 
     def __init__(
@@ -1083,7 +1086,7 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
     falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
-    digits. nan for a loss that is not finite.
+    digits. The loss depends on all `parameters`. nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])

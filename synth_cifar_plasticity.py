@@ -816,7 +816,7 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
     falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
-    digits. nan for a loss that is not finite.
+    digits. The loss depends on all `parameters`. nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
