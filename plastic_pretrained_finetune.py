@@ -660,7 +660,7 @@ def sam_perturbed(parameters: list[Tensor], rho: float) -> Iterator[None]:
     """SAM: within the block, w + rho * g / ||g||; after it w again, exactly (appendix B.1).
 
     g is what .grad holds, and the norm is one over all `parameters`. A parameter without gradient
-    stays. The block zeroes .grad and computes the gradient anew; the optimizer's step comes after.
+    stays. The block puts the gradient there into .grad, in place of g; the step comes after it.
     """
     with torch.no_grad():
         perturbed = [w for w in parameters if w.grad is not None]
