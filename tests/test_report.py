@@ -711,6 +711,34 @@ def test_the_results_page_has_what_each_method_adds_to_each_other(title, directo
             assert gain == frame.format(f"{above.mean():+.1f}")
 
 
+def test_the_results_page_has_what_stages_cost():
+    """That table is made by hand: the accuracy, and in brackets the points above base."""
+    text = (ROOT / "benchmark" / "RESULTS.md").read_text()
+    head, _, *rows = text.split("| images, setting |")[1].split("\n\n")[0].splitlines()
+    methods = [method.lower() for method in head.strip(" |").split(" | ")]
+    directories = {
+        ("0.01, 0.001", "in 100 stages"): "figure3", ("0.01, 0.001", "at once"): "one_stage",
+        ("0.001, 0", "in 100 stages"): "released_images",
+        ("0.001, 0", "at once"): "one_stage_released",
+    }  # fmt: skip
+    assert len(rows) == len(directories)
+    for row, ((setting, stages), directory) in zip(rows, directories.items(), strict=True):
+        label, *cells = (cell.strip() for cell in row[1:-1].split("|"))
+        assert label == f"{setting}, {stages}"
+        accuracy = {}
+        for method in methods:
+            path = ROOT / f"benchmark/results/{directory}/input__{method}__1-3/result.json"
+            result = json.loads(path.read_text())
+            assert result["args"]["num_stages"] == (1 if stages == "at once" else 100)
+            assert result["gradient_updates"] == 50_000
+            assert f"{result['learning_rate']:g}, {result['weight_decay']:g}" == setting
+            accuracy[method] = np.mean(np.array(result["test_accuracy"])[:, -5:])
+        for method, cell in zip(methods, cells, strict=True):
+            above = 100 * (accuracy[method] - accuracy["base"])
+            gain = "" if method == "base" else f" ({above:+.1f})"
+            assert cell == f"{accuracy[method]:.3f}{gain}"
+
+
 def test_the_results_page_has_the_figures_of_the_linear_probe():
     """That table is made by hand, too: both seeds of the pretraining; pixels need none."""
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
