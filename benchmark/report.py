@@ -127,7 +127,7 @@ def say(note: str) -> None:
 def read_run(result: dict) -> dict:
     """A row of the table of runs, from result.json."""
     args, benchmark = result["args"], SCRIPTS[result["script"]]
-    row = {"benchmark": benchmark, "exp_name": result["exp_name"]}
+    row = {"benchmark": benchmark, "exp_name": result["exp_name"], "setting": ""}
     if benchmark == "synthetic":
         accuracies = np.array(result["test_accuracy"], float)  # of a diverged replica null, so nan
         seeds = result["first_seed"] + np.arange(len(accuracies))
@@ -168,10 +168,24 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
     if not rows:
         sys.exit(f"error: {' '.join(map(str, directories))}: no results there")
     runs = pd.DataFrame(rows)
-    for _, same in runs.groupby(["benchmark", "task", "exp_name", "seed", "steps"]):
+    for _, same in runs.groupby(["benchmark", "task", "exp_name", "setting", "seed", "steps"]):
         if len(same) > 1:
             sys.exit(f"error: {' and '.join(map(str, same.path))} are the same run; keep one")
     return runs
+
+
+def best_settings(synthetic: pd.DataFrame) -> pd.DataFrame:
+    """Of each method's runs on a task, its search, the one with the best final test accuracy.
+
+    As the script chooses within a run: of learning rates and weight decays.
+    """
+    seeds = synthetic.accuracies.map(lambda table: tuple(table.index))
+    for _, same in synthetic.assign(seeds=seeds).groupby(["task", "exp_name"]):
+        if same.seeds.nunique() > 1:
+            sys.exit(f"error: {' and '.join(map(str, same.path))} have other seeds; keep one")
+    final = synthetic.accuracies.map(lambda table: table.iloc[:, -1].mean(skipna=False))
+    ranked = synthetic.assign(final=final).sort_values("final", na_position="first", kind="stable")
+    return ranked.drop_duplicates(["task", "exp_name"], keep="last")
 
 
 def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
@@ -542,6 +556,7 @@ def report(args: Args) -> int:
     more_than_a_table = args.table is None or args.plot is not None
     if len(synthetic) and more_than_a_table:
         check(synthetic, PROTOCOL)
+        synthetic = best_settings(synthetic)
         last = min(args.last, synthetic.accuracies.iloc[0].shape[1])
         for run in synthetic.itertuples():
             accuracies = run.accuracies.iloc[:, -last:]

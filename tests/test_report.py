@@ -26,14 +26,14 @@ def write(directory, result):
     (directory / "result.json").write_text(json.dumps(result))
 
 
-def write_synthetic(runs, task, method, accuracies, first_seed=1, **args):
+def write_synthetic(runs, task, method, accuracies, first_seed=1, decay=0.001, **args):
     """A run's directory, of accuracies [seeds][stages]."""
     parts = {"plastic": "ln sam crelu reset".split()}.get(method, method.split("_"))
     flags = dict(layer_norm="ln" in parts, crelu="crelu" in parts, sam_rho=0.1 * ("sam" in parts))
     flags |= dict(reset_interval=10 * ("reset" in parts), num_stages=3, updates_per_stage=1)
     flags |= dict(batch_size=1, momentum=1, conv_strides=[3, 1], label_change="permute")
     result = dict(script="synth_cifar_plasticity.py", task=task, exp_name=method, data=1)
-    result |= dict(first_seed=first_seed, learning_rate=0.01, weight_decay=0.001)
+    result |= dict(first_seed=first_seed, learning_rate=0.01, weight_decay=decay)
     result |= dict(args=flags | args, test_accuracy=accuracies)
     write(runs / f"{task}__{method}__{first_seed}", result)
 
@@ -121,6 +121,22 @@ def test_accuracies_and_gains_by_hand(tmp_path, capsys, figures):
     del figures["figure3.png"]
     table(tmp_path, "--table", "7", "--plot", tmp_path)  # a table shows less, the figures are all
     assert "figure3.png" in figures
+
+
+def test_of_a_search_in_several_runs_the_best_setting_is_shown(tmp_path, capsys, figures):
+    """By the final accuracy, as within one run; the mean of the last stages is another matter."""
+    write_synthetic(tmp_path, "label", "base", [[0.1, 0.2]])
+    for decay, accuracies in (
+        (0.1, [0.9, None]), (0.01, [0.4, 0.4]), (0.001, [0.1, 0.5]), (0.0001, [0.3, 0.3])
+    ):  # fmt: skip
+        write_synthetic(tmp_path / str(decay), "label", "ln", [accuracies], decay=decay)
+    assert printed(capsys, runs=(tmp_path,), last=2, plot=tmp_path) == [
+        "| base | label | 0.150 | 0.200 | 0.150 | 0.01, 0.001 | 1 |",
+        "| LN | label | 0.300 | 0.500 | 0.300 | 0.01, 0.001 | 1 |",
+    ]
+    assert heights(figures["figure3.png"])["single methods"] == pytest.approx([100 * (0.3 - 0.15)])
+    write_synthetic(tmp_path / "more", "label", "ln", [[0.1, 0.9]] * 2, decay=1)
+    assert "have other seeds" in refused(tmp_path)
 
 
 def test_synthetic_runs_that_do_not_compare(tmp_path):
