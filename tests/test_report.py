@@ -18,6 +18,7 @@ from scipy.stats import trim_mean
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results"
 ATARI, DMC = "plastic_drq_rainbow_atari.py", "plastic_drq_sac_dmc.py"
 
 
@@ -656,7 +657,7 @@ def test_the_results_page_shows_what_its_results_give(tmp_path, monkeypatch, fig
 
     So is the file of scores that one of its reports writes.
     """
-    results, here = ROOT / "benchmark" / "results", tmp_path / "benchmark" / "results"
+    results, here = RESULTS, tmp_path / "benchmark" / "results"
     here.mkdir(parents=True)
     for path in results.iterdir():
         if path.name != "scores.csv":
@@ -676,30 +677,32 @@ def test_the_results_page_shows_what_its_results_give(tmp_path, monkeypatch, fig
 def test_the_results_page_has_its_gains_by_setting_from_the_sweeps():
     """This table is made by hand: points above base at the same setting, the last 5 stages."""
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
-    table = text.split("| new labels, runs | weight decay |")[1].split("\n\n")[0]
-    head, _, *rows = table.splitlines()
-    *methods, _ = head.strip(" |").split(" | ")
-    directories = ["figure3/*1-3", "figure3/*1-3", "synth_full/*1-1"]
-    for row, directory in zip(rows, directories, strict=True):
-        label, decay, *gains, seeds = (cell.strip() for cell in row[1:-1].split("|"))
-        if label != "the same":
-            rate = float(label.split("learning rate ")[1])
-        setting = {"learning_rate": rate, "weight_decay": float(decay.split()[0])}
+    head, _, *rows = text.split("| new labels |")[2].split("\n\n")[0].splitlines()
+    rows = {name: cells for name, *cells in ([c.strip() for c in r[1:-1].split("|")] for r in rows)}
+    methods = {plot.method(name): name for name in report.SYNTHETIC[:12]}
+    assert {"base's test accuracy", "seeds", *methods} == {*rows, "base"}
+    settings = head.strip(" |").split(" | ")
+    directories = ["figure3", "figure3", "synth_full"]
+    for column, (setting, directory) in enumerate(zip(settings, directories, strict=True)):
         accuracy = {}
-        for path in (ROOT / "benchmark" / "results").glob(directory.replace("*", "label__*__")):
-            for tried in json.loads((path / "result.json").read_text())["sweep"]:
-                if setting.items() <= tried.items():
+        for path in (RESULTS / directory).rglob("label__*/result.json"):
+            for tried in json.loads(path.read_text())["sweep"]:
+                if f"{tried['learning_rate']:g}, {tried['weight_decay']:g}" == setting:
                     last = [np.mean(curve[-5:]) for curve in tried["test_accuracy"]]
-                    assert len(last) == int(seeds)
-                    accuracy[path.name.split("__")[1]] = 100 * np.mean(last)
-        assert f"(base {accuracy['base'] / 100:.3f})" in decay
-        for method, gain in zip(methods, gains, strict=True):
-            above = accuracy.get(method.lower().replace(" + ", "_"), np.nan) - accuracy["base"]
-            assert gain == ("" if np.isnan(above) else f"{above:+.1f}")
+                    assert len(last) == int(rows["seeds"][column])
+                    name = path.parent.name.split("__")[1]
+                    assert name not in accuracy
+                    accuracy[name] = 100 * np.mean(last)
+        assert rows["base's test accuracy"][column] == f"{accuracy['base'] / 100:.3f}"
+        for method, name in methods.items():
+            if name != "base":
+                above = round(accuracy.get(name, np.nan) - accuracy["base"], 6)  # 2.35 is one
+                assert rows[method][column] == ("" if np.isnan(above) else f"{above:+.1f}")
 
 
 @pytest.mark.parametrize("title, directory, decay", [
     ("new images", "figure3/input", 0.001), ("new labels", "figure3/label", 0.001),
+    ("new labels, decay 0.0001", "figure3/**/label", 0.0001),
     ("new images, released", "released_images/input", 0),
 ])  # fmt: skip
 def test_the_results_page_has_what_each_method_adds_to_each_other(title, directory, decay):
@@ -709,10 +712,12 @@ def test_the_results_page_has_what_each_method_adds_to_each_other(title, directo
     columns = head.strip(" |").split(" | ")
     assert [row.split(" | ")[0] for row in rows] == [f"| + {column}" for column in columns[1:]]
     accuracy = {}
-    for path in (ROOT / "benchmark" / "results").glob(f"{directory}__*__1-3/result.json"):
+    for path in RESULTS.glob(f"{directory}__*__1-3/result.json"):
         for tried in json.loads(path.read_text())["sweep"]:
             if tried["weight_decay"] == decay:
-                methods = frozenset(path.parent.name.split("__")[1].split("_")) - {"base"}
+                name = path.parent.name.split("__")[1].replace("plastic", "ln_sam_crelu_reset")
+                methods = frozenset(name.split("_")) - {"base"}
+                assert methods not in accuracy
                 accuracy[methods] = 100 * np.mean(np.array(tried["test_accuracy"])[:, -5:], 1)
     for row in rows:
         name, *gains = (cell.strip() for cell in row[1:-1].split("|"))
@@ -730,25 +735,32 @@ def test_the_results_page_has_what_each_method_adds_to_each_other(title, directo
 def test_the_results_page_has_what_stages_cost():
     """That table is made by hand: the accuracy, and in brackets the points above base."""
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
-    head, _, *rows = text.split("| images, setting |")[1].split("\n\n")[0].splitlines()
+    head, _, *rows = text.split("| task, setting |")[1].split("\n\n")[0].splitlines()
     methods = [method.lower() for method in head.strip(" |").split(" | ")]
     directories = {
-        ("0.01, 0.001", "in 100 stages"): "figure3", ("0.01, 0.001", "at once"): "one_stage",
-        ("0.001, 0", "in 100 stages"): "released_images",
-        ("0.001, 0", "at once"): "one_stage_released",
-    }  # fmt: skip
-    assert len(rows) == len(directories)
-    for row, ((setting, stages), directory) in zip(rows, directories.items(), strict=True):
-        label, *cells = (cell.strip() for cell in row[1:-1].split("|"))
-        assert label == f"{setting}, {stages}"
+        "images, 0.01, 0.001, in 100 stages": "figure3/input",
+        "images, 0.01, 0.001, at once": "one_stage/input",
+        "images, 0.001, 0, in 100 stages": "released_images/input",
+        "images, 0.001, 0, at once": "one_stage_released/input",
+        "labels, 0.01, 0.001, in 100 stages": "figure3/label",
+        "labels, 0.01, 0.001, one labelling": "one_stage/input",  # the same but for permuted outputs
+        "labels, 0.01, 0.0001, in 100 stages": "figure3/**/label",
+        "labels, 0.01, 0.0001, one labelling": "one_labelling/label",
+    }
+    for row, (label, directory) in zip(rows, directories.items(), strict=True):
+        name, *cells = (cell.strip() for cell in row[1:-1].split("|"))
+        assert name == label
         accuracy = {}
         for method in methods:
-            path = ROOT / f"benchmark/results/{directory}/input__{method}__1-3/result.json"
-            result = json.loads(path.read_text())
-            assert result["args"]["num_stages"] == (1 if stages == "at once" else 100)
-            assert result["gradient_updates"] == 50_000
-            assert f"{result['learning_rate']:g}, {result['weight_decay']:g}" == setting
-            accuracy[method] = np.mean(np.array(result["test_accuracy"])[:, -5:])
+            for path in RESULTS.glob(f"{directory}__{method}__1-3/result.json"):
+                result = json.loads(path.read_text())
+                assert result["args"]["num_stages"] == (100 if "stages" in label else 1)
+                assert result["gradient_updates"] == 50_000
+                for tried in result["sweep"]:
+                    if f", {tried['learning_rate']:g}, {tried['weight_decay']:g}, " in label:
+                        accuracies = np.array(tried["test_accuracy"])
+                        assert method not in accuracy and len(accuracies) == 3
+                        accuracy[method] = np.mean(accuracies[:, -5:])
         for method, cell in zip(methods, cells, strict=True):
             above = 100 * (accuracy[method] - accuracy["base"])
             gain = "" if method == "base" else f" ({above:+.1f})"
@@ -760,7 +772,7 @@ def test_the_results_page_has_the_figures_of_the_linear_probe():
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
     head, _, *rows = text.split("| Breakout |")[1].split("\n\n")[0].splitlines()
     kinds = head.strip(" |").split(" | ")
-    paths = sorted((ROOT / "benchmark/results/pretraining").glob("*/probe.json"))
+    paths = sorted((RESULTS / "pretraining").glob("*/probe.json"))
     probes = [json.loads(path.read_text())["r_squared"] for path in paths]
     assert len(probes) == 2 and len(rows) == len(probes[0])
     for row in rows:
