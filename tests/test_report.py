@@ -743,7 +743,7 @@ def test_the_results_page_has_what_stages_cost():
         "images, 0.001, 0, in 100 stages": "released_images/input",
         "images, 0.001, 0, at once": "one_stage_released/input",
         "labels, 0.01, 0.001, in 100 stages": "figure3/label",
-        "labels, 0.01, 0.001, one labelling": "one_stage/input",  # the same but for permuted outputs
+        "labels, 0.01, 0.001, one labelling": "one_stage/input",  # outputs permuted
         "labels, 0.01, 0.0001, in 100 stages": "figure3/**/label",
         "labels, 0.01, 0.0001, one labelling": "one_labelling/label",
     }
