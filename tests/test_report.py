@@ -785,6 +785,29 @@ def test_the_results_page_has_what_stages_cost():
             assert cell == f"{accuracy[method]:.3f}{gain}"
 
 
+def test_the_results_page_has_the_evaluations_on_deepmind_control():
+    """Two tables made by hand, of our runs and the public seeds that the figure has, too."""
+    text = (ROOT / "benchmark" / "RESULTS.md").read_text()
+    runs = report.with_curves(report.read_runs([RESULTS / "paper_settings" / "dmc"]))
+    runs = runs.set_index(["task", "exp_name"])
+    cheetah, *others = [(task, "base") for task in ("cheetah-run", "reacher-easy", "walker-run")]
+    columns = [
+        [cell for run in (cheetah, *others) for cell in (run, (run[0], "public"))],
+        [cheetah, ("cheetah-run", "plastic"), ("cheetah-run", "public")],
+    ]
+    for table, names in zip(text.split("| environment steps |")[1:], columns, strict=True):
+        for row in table.split("\n\n")[0].splitlines()[2:]:
+            steps, *cells = (cell.strip() for cell in row[1:-1].split("|"))
+            for (task, name), cell in zip(names, cells, strict=True):
+                if name == "public":
+                    points = runs.loc[task, "base"].public
+                    shown = {p[0]: "{:.1f} ({:.1f} to {:.1f})".format(*p[1:]) for p in points}
+                else:
+                    points = runs.loc[task, name].curves["eval/mean_return"]
+                    shown = {step: f"{value:.1f}" for step, value in points}
+                assert cell == shown.get(int(steps.replace(",", "")), ""), (task, name, steps)
+
+
 def test_the_results_page_has_the_figures_of_the_linear_probe():
     """That table is made by hand, too: both seeds of the pretraining; pixels need none."""
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
