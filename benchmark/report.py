@@ -6,10 +6,10 @@
 
 Tables 1, 2, 3, 4 are aggregates over tasks with 95% bootstrap intervals, by rliable (`aggregates`
 has which); 7, 8, 9, 10 are mean returns by task. Atari is in human-normalized scores, DeepMind
-Control in returns. An aggregate takes as many seeds of each task as all tasks have; over fewer
-tasks than the benchmark has it is refused unless --allow-missing (a table lacks it, with exit
-code 1; a figure leaves it out). Without --table: accuracies of the synthetic experiment, returns of
-all other runs by task.
+Control in returns. An aggregate takes as many seeds of each task as all tasks have. Over
+runs of different settings, or fewer tasks than the benchmark has (unless --allow-missing), it is
+refused: a table lacks it, with exit code 1; a figure leaves it out. Without --table: accuracies of
+the synthetic experiment, returns of all other runs by task.
 
 --readme FILE makes the reports of a Markdown file anew: between each `<!-- report.py FLAGS -->`
 and the next `<!-- end of report -->`, it puts what these flags print.
@@ -170,7 +170,8 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
     runs = pd.DataFrame(rows)
     for _, same in runs.groupby(["benchmark", "task", "exp_name", "setting", "seed", "steps"]):
         if len(same) > 1:
-            sys.exit(f"error: {' and '.join(map(str, same.path))} are the same run; keep one")
+            paths = " and ".join(map(str, same.path))
+            sys.exit(f"error: {paths} have the same name, task, setting and seed: pass one")
     return runs
 
 
@@ -309,7 +310,7 @@ def aggregates(scores: np.ndarray, benchmark: str, reps: int) -> dict[str, tuple
 def aggregate(runs: pd.DataFrame, benchmark: str, exp_name: str, args: Args) -> dict:
     """All aggregates of one setting, its number of "runs", "hours" and million "parameters".
 
-    Where tasks are missing, there are no aggregates, and "refused" is True.
+    Where tasks are missing or settings differ, there are none, and "refused" is True.
     """
     runs = choose(runs, benchmark, exp_name)
     row = {"runs": len(runs), "refused": False}
@@ -319,7 +320,11 @@ def aggregate(runs: pd.DataFrame, benchmark: str, exp_name: str, args: Args) -> 
     if runs.task.nunique() < len(ALL_TASKS[benchmark]) and not args.allow_missing:
         say(f"{exp_name}: no aggregate (--allow-missing makes one of these tasks)")
         return row | {"refused": True}
-    check(runs)
+    try:
+        check(runs)
+    except SystemExit as error:
+        say(f"{exp_name}: no aggregate: {error}")
+        return row | {"refused": True}
     if benchmark != "dmc":
         pairs = zip(runs.task, runs.score, strict=True)
         runs = runs.assign(score=[human_normalized_score(*pair) for pair in pairs])

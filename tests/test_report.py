@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pandas as pd
@@ -147,7 +148,7 @@ def test_synthetic_runs_that_do_not_compare(tmp_path):
         ("not those of ln", "ln", dict(crelu=1)),
         ("not those of plastic", "plastic", dict(crelu=0)),
         ("not those of redo", "redo", dict(redo_interval=9, l2_init=True)),
-        ("same run", "base", {}),
+        ("same name", "base", {}),
     ):
         write_synthetic(tmp_path / name, "input", method, [[0.1, 0.2]], len(name), **flags)
         if name != "a":
@@ -179,13 +180,17 @@ def test_what_is_no_whole_result_of_these_scripts_is_left_out(tmp_path, change):
 def test_runs_that_cannot_be_put_together(tmp_path):
     write_run(tmp_path / "a", "Pong", "base", 1, 1.0)
     write_run(tmp_path / "b", "Pong", "base", 1, 2.0)
-    assert "are the same run" in refused(tmp_path)
+    assert "have the same name, task, setting and seed" in refused(tmp_path)
     write_run(tmp_path / "a", "Pong", "base", 2, 1.0, replay_ratio=4)
-    for flags in (["4", "--allow-missing"], ["7"]):
-        assert "replay_ratio differs: 2 in " in refused(tmp_path / "a", "--table", *flags)
+    assert "replay_ratio differs: 2 in " in refused(tmp_path / "a", "--table", "7")
+    write_run(tmp_path / "a", "Pong", "sam", 1, -20.7)  # an aggregate is refused alone
+    (rows,), error = table(tmp_path / "a", "--table", "4", "--allow-missing", code=1)
+    scores = {row["method"]: row.get("IQM") for row in rows if row["runs"]}
+    assert scores == {"Base": None, "SAM": (0.0, ANY, ANY)} and "replay_ratio differs" in error
     write_run(tmp_path / "a", "Alien", "base", 1, 1.0)  # the plain report has the others
     (rows,), error = table(tmp_path / "a")
-    assert [row["task"] for row in rows] == ["Alien"] and "replay_ratio differs" in error
+    assert [(row["task"], row["run"]) for row in rows] == [("Alien", "base"), ("Pong", "sam")]
+    assert "replay_ratio differs" in error
     flags = dict(layer_norm=True, reset_interval=9, sam_rho=0)
     write_run(tmp_path / "c", "Pong", "ln_reset", 1, 1.0, crelu=True, **flags)
     assert "not those of ln_reset" in refused(tmp_path / "c", "--table", "9")
@@ -244,7 +249,8 @@ def test_scores_are_written_as_they_are_read(tmp_path):
             report.Args(runs=(tmp_path,), csv=tmp_path / "again.csv", **flags)
     (tmp_path / "scores.csv").write_text("\n".join([first, *lines, "base,Alien,3,9,20000,b"]))
     flags = ("--scores", tmp_path / "scores.csv", "--allow-missing")
-    assert "steps differs" in refused(*flags)
+    (rows,), error = table(*flags, code=1)
+    assert rows[0].get("IQM") is None and "steps differs: 100000 in " in error
     (tmp_path / "scores.csv").write_text(SCORES + "010,Pong,1,20\n10,Pong,2,20\nNA,Pong,1,20\n")
     (rows,), _ = table(*flags)
     assert [row["method"] for row in rows] == ["010", "10", "NA"]
