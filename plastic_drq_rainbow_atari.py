@@ -1147,16 +1147,17 @@ def save_checkpoint(
 def load_checkpoint(path: Path, args: Args, generators: dict, tensors: dict) -> Counters:
     """Put all back in place; returns the counters.
 
-    On another device than before, random streams begin anew: its generators have other states.
+    Between a CPU and a GPU, the random streams of what has moved begin anew.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         refuse_other_flags(args, checkpoint["args"], path)
         for name, tensor in tensors.items():
             tensor.copy_(checkpoint["tensors"][name])
-        if checkpoint["args"]["device"] == args.device:
-            for name, generator in generators.items():
-                generator.set_state(checkpoint["generators"][name])
+        # A GPU's generator has a state of another length than a CPU's.
+        for name, state in checkpoint["generators"].items():
+            if name in generators and len(state) == len(generators[name].get_state()):
+                generators[name].set_state(state)
         return Counters(**checkpoint["counters"])
     except OSError:
         raise

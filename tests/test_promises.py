@@ -153,14 +153,21 @@ def test_a_run_goes_on_in_another_place_with_other_intervals(case, play, run_dir
 
 
 @only(*PLAYING, "pretrain")
-def test_on_another_device_a_run_goes_on_with_new_draws(case, play, run_dir):
+def test_on_another_device_a_run_goes_on_with_new_draws_there(case, play, run_dir, data):
     stopped(play, case)
+    args, path = case.script.Args(**flags_of(case, data)), run_dir / "checkpoint.pth"
     for flag in ("device", "replay_device") if case is CASES["dmc"] else ("device",):
         checkpoint = load(run_dir)
         checkpoint["args"][flag] = "cuda"  # whose generators' states have another length
-        for generator in checkpoint["generators"]:
-            checkpoint["generators"][generator] = torch.zeros(16, dtype=torch.uint8)
-        torch.save(checkpoint, run_dir / "checkpoint.pth")
+        saved = checkpoint["generators"]
+        stayed = {"torch"} & saved.keys()  # PyTorch's own on the CPU
+        for name in saved.keys() - stayed:
+            saved[name] = torch.zeros(16, dtype=torch.uint8)
+        torch.save(checkpoint, path)
+        generators = {name: torch.Generator() for name in saved}
+        case.script.load_checkpoint(path, args, generators, {})
+        states = {name: generator.get_state() for name, generator in generators.items()}
+        assert {name for name in saved if torch.equal(states[name], saved[name])} == stayed
         stopped(play, case, 3, resume=True)
     play(case, resume=True)
     assert read_result(run_dir)[case.counter] == case.steps

@@ -70,7 +70,7 @@ OWN = {  # of the same name and purpose, but about each script's own data
     "": "Args Counters run plasticity_metrics Agent QNetwork make_agent evaluate_saved",
     # The others play Atari.
     "dmc": "Batch ReplayBuffer make_generators evaluate summary save_gif start_logging train "
-    "save_checkpoint load_checkpoint finish",
+    "save_checkpoint finish",
     # It has neither episodes nor models.
     "synth": "evaluate summary start_logging train save_checkpoint load_checkpoint finish",
 }
