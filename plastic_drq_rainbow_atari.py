@@ -868,7 +868,7 @@ def evaluate(network: QNetwork, args: Args, video: list[np.ndarray] | None = Non
         frames, rewards, terminated, truncated, info = envs.step(actions, playing)
         playing = info["env_id"]  # in the order of the answers
         returns[playing] += rewards
-        # Some games go on for a while with no life left: 0 lives are no new life.
+        # A loss that leaves 0 lives begins no new life, as in training.
         lost_life = (info["lives"] > 0) & (info["lives"] < lives[playing])
         lives[playing] = info["lives"]
         stacks[playing, :-1] = stacks[playing, 1:]
@@ -1307,7 +1307,8 @@ def train(args: Args, run_dir: Path) -> None:
         else:
             action = int(act())  # waits for the device
         frames, rewards, terminated, truncated, info = envs.step(np.array([action], np.int32))
-        # Some games go on for a while with no life left: 0 lives are not yet game over.
+        # With 0 lives a game may go on (BankHeist's last life is number 0): the loss that leaves 0
+        # ends no return, as in the authors' release.
         lost_life = 0 < info["lives"][0] < lives
         episode_over = terminated[0] or truncated[0]
         episode_return += float(rewards[0])  # not clipped
