@@ -1,11 +1,13 @@
 """The figures of `python benchmark/report.py ... --plot DIRECTORY`, as PNG files.
 
-curves.png: each run's evaluations. intervals.png: a table's aggregates. figure1.png to figure6.png:
-the paper's figures, as far as there are runs for them (figure5_dmc.png: DeepMind Control's part).
+curves.png: each run's evaluations. stages.png: CIFAR-10's accuracies after each stage.
+intervals.png: a table's aggregates. figure1.png to figure6.png: the paper's figures, as far as
+there are runs for them (figure5_dmc.png: DeepMind Control's part).
 
 report.py reads, checks and aggregates; here is only what is drawn. `runs` is its table, with the
-columns of with_curves; `late` is {(task, exp-name): accuracy by seed} of the synthetic experiment;
-`aggregate` gives, for a benchmark and an exp-name, {"iqm": (value, low, high), "hours": ..., ...}.
+columns of with_curves, `synthetic` that of the synthetic experiment; `late` is its accuracy at the
+end, {(task, exp-name): by seed}; `aggregate` gives, for a benchmark and an exp-name,
+{"iqm": (value, low, high), "hours": ..., ...}.
 """
 
 import math
@@ -47,6 +49,7 @@ PARTS = {  # of exp-names, and how the paper calls them
 }
 # Exp-names by panel. Figure 3's last panel is not in the paper, but of fig3_beyond.sh.
 FIGURE_2 = "base sam ln crelu reset plastic".split()
+TASKS = {"input": "new images", "label": "new labels"}
 FIGURE_3 = {
     "single methods": "ln sam crelu reset",
     "combinations": "ln_sam ln_crelu ln_reset sam_crelu sam_reset crelu_reset plastic",
@@ -273,6 +276,23 @@ def mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
     return (float(np.mean(values)), *(bootstrap_interval(values) or (np.nan, np.nan)))
 
 
+def stages(synthetic: pd.DataFrame, path: Path) -> None:
+    """Test accuracy after each stage, the mean over seeds: Figure 2's methods, a panel per task."""
+    shown = synthetic[synthetic.exp_name.isin(FIGURE_2)]
+    if shown.empty or shown.accuracies.iloc[0].shape[1] == 1:
+        return
+    by_task = shown.set_index("exp_name").groupby("task").accuracies
+    figure, axes = panels(len(by_task))
+    for axis, (task, accuracies) in zip(axes, by_task, strict=True):
+        for i, name in enumerate(FIGURE_2):
+            if name in accuracies:
+                mean = accuracies[name].mean(skipna=False)
+                axis.plot(1 + mean.index, mean, color=f"C{i}", label=method(name))
+        axis.set(title=TASKS[task], xlabel="stage", ylabel="test accuracy")
+    legend(figure)
+    save(figure, path)
+
+
 def figure3(late: dict[tuple[str, str], pd.Series], title: str, path: Path) -> None:
     """Percentage points of accuracy above base's, over the seeds that both have."""
     rows = []
@@ -281,8 +301,7 @@ def figure3(late: dict[tuple[str, str], pd.Series], title: str, path: Path) -> N
             if (task, name) in late and (task, "base") in late:
                 ours, base = late[task, name].align(late[task, "base"], join="inner")
                 gains = 100 * (ours - base).to_numpy()
-                new = {"input": "new images", "label": "new labels"}[task]
-                row = dict(panel=panel, name=method(name), task=new, dots=gains)
+                row = dict(panel=panel, name=method(name), task=TASKS[task], dots=gains)
                 if len(gains):
                     rows.append(row | {"cell": mean_with_interval(gains)})
     bars(rows, "test accuracy above base\n(percentage points)", path, title)
@@ -362,11 +381,13 @@ def intervals(title: str, rows: dict[str, dict], names: list[str], path: Path) -
     save(figure, path)
 
 
-def draw(directory, runs, late, title, aggregate, table2, tables) -> None:
+def draw(directory, runs, synthetic, late, title, aggregate, table2, tables) -> None:
     """All figures that these runs give; `table2` is the paper's, `tables` are those printed."""
     if len(runs):
         learning_curves(runs, directory / "curves.png")
         figure4(runs, directory / "figure4.png")
+    if len(synthetic):
+        stages(synthetic, directory / "stages.png")
     figure1(table2, aggregate, directory / "figure1.png")
     figure2(late, aggregate, directory / "figure2.png")
     figure3(late, title, directory / "figure3.png")

@@ -576,7 +576,8 @@ def report(args: Args) -> int:
         if args.table is None:
             show_returns(learning)
     if args.plot is not None:
-        plot.draw(args.plot, learning, late, title, of, paper("table2_scaling"), tables)
+        table2 = paper("table2_scaling")
+        plot.draw(args.plot, learning, synthetic, late, title, of, table2, tables)
     return int(any(refused))
 
 
