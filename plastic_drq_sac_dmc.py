@@ -784,7 +784,7 @@ class Agent:
             return loss, {"temperature_loss": loss}
 
         losses |= self.descend(("temperature",), temperature_loss)
-        with torch.no_grad():
+        with torch.no_grad():  # the losses are of before the steps; a nan that a step makes is here
             weight_norm = nn.utils.get_total_norm(self.weights)
         return losses | {"temperature": alpha, "weight_norm": weight_norm}
 

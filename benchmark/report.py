@@ -557,6 +557,12 @@ def report(args: Args) -> int:
     refused = [show_aggregates(*table, of) for table in tables]
     if args.table in PER_TASK:
         show_by_task(runs, args.table)
+    if args.table is not None:
+        columns = paper(PER_TASK[args.table][0]) if args.table in PER_TASK else []
+        names = {row["exp_name"] for *_, rows in tables for row in rows}
+        others = set(runs.exp_name) - names - {EXP_NAMES.get(column) for column in columns}
+        if others:
+            say(f"exp-names that are not in this table: {', '.join(sorted(others))}")
     late, title, learning = {}, "", runs[:0]
     more_than_a_table = args.table is None or args.plot is not None
     if len(synthetic) and more_than_a_table:

@@ -453,6 +453,10 @@ def test_tables_by_task(tmp_path):
     assert (row["PLASTIC:8, paper"], row["EfficientZero, paper"]) == (1368.6, 808.5)
     assert np.isnan(row["PLASTIC†:8"]) and (row["PLASTIC†:8, runs"], len(rows)) == (0, 26)
     assert "plastic_rr8: runs of 1 of 26 tasks, none of Amidar, " in error
+    assert "not in this table" not in error
+    for number in ("7", "4"):  # columns, rows
+        _, error = table(tmp_path, "--table", number)
+        assert error.endswith("exp-names that are not in this table: plastic_rr8\n")
     (rows,), _ = table(tmp_path, "--table", "9")
     assert rows[0]["PLASTIC:8"] == 1500 and np.isnan(rows[0]["PLASTIC:2"])
     for number, task in (("7", "Alien"), ("10", "acrobot-swingup")):
