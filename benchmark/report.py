@@ -82,6 +82,8 @@ APART = set(
     "track wandb_project_name wandb_entity pretrained_path replay_device".split()
 )
 BY_TASK = {"action_repeat", "sam_rho"}
+# Flags of the synthetic experiment that may differ within a method's search
+SEARCHED = set("learning_rate weight_decay num_seeds first_seed data_dir download".split())
 GROUP = ["benchmark", "task", "exp_name", "steps"]  # what the runs of a row of returns share
 FLAGS = {  # part of an exp-name: the flag that is on in exactly the runs whose name has it
     "ln": "layer_norm", "sam": "sam_rho", "crelu": "crelu", "reset": "reset_interval",
@@ -131,7 +133,7 @@ def read_run(result: dict) -> dict:
     if benchmark == "synthetic":
         accuracies = np.array(result["test_accuracy"], float)  # of a diverged replica null, so nan
         seeds = result["first_seed"] + np.arange(len(accuracies))
-        row |= {"task": result["task"], "seed": 0, "steps": 0}
+        row |= {"task": result["task"], "seed": result["first_seed"], "steps": 0}
         row |= {"args": args | {"images": result["data"]}}
         row |= {"accuracies": pd.DataFrame(accuracies, index=seeds)}
         return row | {"setting": f"{result['learning_rate']:g}, {result['weight_decay']:g}"}
@@ -150,8 +152,8 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
     path: the run's directory. benchmark: "atari", "dmc", "pretrained", "synthetic". args: flags.
     steps: environment steps, action repeats counted. hours: wall-clock time.
     score: mean return of the final evaluation; returns: of its episodes.
-    Synthetic: task is "input" or "label", seed and steps are 0; accuracies is a table of its own (a
-    row per seed, a column per stage), setting the learning rate and weight decay.
+    Synthetic: task is "input" or "label", seed the first one, steps 0; accuracies is a table of its
+    own (a row per seed, a column per stage), setting the learning rate and weight decay.
     """
     paths, rows = [], []
     for directory in directories:
@@ -184,6 +186,7 @@ def best_settings(synthetic: pd.DataFrame) -> pd.DataFrame:
     for _, same in synthetic.assign(seeds=seeds).groupby(["task", "exp_name"]):
         if same.seeds.nunique() > 1:
             sys.exit(f"error: {' and '.join(map(str, same.path))} have other seeds; keep one")
+        check(same, {flag for args in same.args for flag in args} - APART - SEARCHED)
     final = synthetic.accuracies.map(lambda table: table.iloc[:, -1].mean(skipna=False))
     ranked = synthetic.assign(final=final).sort_values("final", na_position="first", kind="stable")
     return ranked.drop_duplicates(["task", "exp_name"], keep="last")
@@ -196,7 +199,8 @@ def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
     """
     columns = ["method", "task", "seed", "score"]
     try:
-        file = pd.read_csv(path, dtype={"method": str}, keep_default_na=False)
+        options = dict(dtype={"method": str}, keep_default_na=False, skip_blank_lines=False)
+        file = pd.read_csv(path, **options)
         runs = file[columns].astype({"score": float})
     except (ValueError, KeyError) as error:  # pandas' own among them
         sys.exit(f"error: --scores {path}: needs columns {', '.join(columns)} ({error})")
@@ -236,7 +240,10 @@ def check(runs: pd.DataFrame, names: Iterable[str] = ()) -> None:
         # A script's own name, the default, says nothing of interventions.
         if parts[0] not in {"base", *FLAGS} or "drq" in parts or "layer_norm" not in run.args:
             continue
-        if any((part in parts) != bool(run.args.get(flag)) for part, flag in FLAGS.items()):
+        on = {part: bool(run.args.get(flag)) for part, flag in FLAGS.items()}
+        if run.benchmark == "synthetic":  # agents' names do not say it
+            on["shrink"] = run.args.get("shrink_perturb_alpha", 1) < 1
+        if any((part in parts) != is_on for part, is_on in on.items()):
             sys.exit(f"error: {run.path}: its flags are not those of {run.exp_name}")
 
 
@@ -572,6 +579,10 @@ def report(args: Args) -> int:
         for run in synthetic.itertuples():
             accuracies = run.accuracies.iloc[:, -last:]
             late[run.task, run.exp_name] = accuracies.mean(axis="columns", skipna=False)
+        for (task, name), own in late.items() if args.plot is not None else ():
+            common = len(own.index.intersection(late.get((task, "base"), own[:0]).index))
+            if common < len(own):
+                say(f"{name}, {task}: Figure 3 has {common} of {len(own)} seeds, those of base")
         flags = synthetic.args.iloc[0]
         title = f"{flags['num_stages']} stages of {flags['updates_per_stage']} updates"
         title += f", the last {last} averaged"

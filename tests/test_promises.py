@@ -3,10 +3,12 @@
 A run is small and on made-up data (runs.py), in this process but where the promise is about one.
 """
 
+import inspect
 import math
 import os
 import pickle
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -118,6 +120,14 @@ def test_a_run_stays_until_told_and_the_new_one_can_begin(case, play, run_dir, m
         assert len(list(run_dir.glob("events*"))) == 1
     kept = {".lock", "events.out", "result.json", "mine.txt"}
     assert names(run_dir) - {"model.pth"} == kept
+
+
+def test_no_flag_of_training_may_change(case):
+    sections = re.split(r"\n    # (?=[A-Z])", inspect.getsource(case.script.Args))
+    training = [s for s in sections[1:] if not s.startswith(("Run", "Evaluation", "Metrics"))]
+    flags = re.findall(r"^    (\w+): ", "\n".join(training), re.MULTILINE)
+    assert "learning_rate" in flags and "layer_norm" in flags
+    assert case.script.MAY_CHANGE.isdisjoint(flags)
 
 
 def test_resume_begins_goes_on_refuses_other_flags_by_name_and_leaves_a_finished_run_alone(

@@ -28,13 +28,14 @@ def write(directory, result):
     (directory / "result.json").write_text(json.dumps(result))
 
 
-def write_synthetic(runs, task, method, accuracies, first_seed=1, decay=0.001, **args):
+def write_synthetic(runs, task, method, accuracies, first_seed=1, decay=0.001, data=1, **args):
     """A run's directory, of accuracies [seeds][stages]."""
     parts = {"plastic": "ln sam crelu reset".split()}.get(method, method.split("_"))
     flags = dict(layer_norm="ln" in parts, crelu="crelu" in parts, sam_rho=0.1 * ("sam" in parts))
     flags |= dict(reset_interval=10 * ("reset" in parts), num_stages=3, updates_per_stage=1)
     flags |= dict(batch_size=1, momentum=1, conv_strides=[3, 1], label_change="permute")
-    result = dict(script="synth_cifar_plasticity.py", task=task, exp_name=method, data=1)
+    flags |= dict(shrink_perturb_alpha=0.6 if "shrink" in parts else 1)
+    result = dict(script="synth_cifar_plasticity.py", task=task, exp_name=method, data=data)
     result |= dict(first_seed=first_seed, learning_rate=0.01, weight_decay=decay)
     result |= dict(args=flags | args, test_accuracy=accuracies)
     write(runs / f"{task}__{method}__{first_seed}", result)
@@ -129,6 +130,10 @@ def test_accuracies_and_gains_by_hand(tmp_path, capsys, figures):
     assert (images.get_title(), labels.get_title()) == ("new images", "new labels")
     write_run(tmp_path, "Pong", "base", 1, 9)
     del figures["figure3.png"]
+    error = table(tmp_path, "--plot", tmp_path)[1]
+    assert error.startswith("ln, input: Figure 3 has 1 of 3 seeds, those of base\n")
+    assert error.count("Figure 3") == 1
+    del figures["figure3.png"]
     table(tmp_path, "--table", "7", "--plot", tmp_path)  # a table shows less, the figures are all
     assert "figure3.png" in figures
 
@@ -145,14 +150,31 @@ def test_of_a_search_in_several_runs_the_best_setting_is_shown(tmp_path, capsys,
         "| LN | label | 0.300 | 0.500 | 0.300 | 0.01, 0.001 | 1 |",
     ]
     assert heights(figures["figure3.png"])["single methods"] == pytest.approx([100 * (0.3 - 0.15)])
-    write_synthetic(tmp_path / "more", "label", "ln", [[0.1, 0.9]] * 2, decay=1)
-    assert "have other seeds" in refused(tmp_path)
+    for i, accuracies in enumerate(([[0.1, 0.9], [0.1, None]], [[0.1, 0.2], [0.1, 0.2]])):
+        write_synthetic(tmp_path / "sam" / str(i), "label", "sam", accuracies, decay=i)
+    (rows,), _ = table(tmp_path / "sam")  # a setting that diverged for one seed loses
+    assert rows[0]["learning rate, weight decay"] == "0.01, 1"
+    write_synthetic(tmp_path / "one", "label", "sam", [[0.1, 0.9], [0.1, None]])
+    assert table(tmp_path / "one")[0][0][0]["final"] == "nan"
+    write_synthetic(tmp_path / "rho", "label", "ln", [[0.1, 0.9]], decay=1, num_chunks=2)
+    assert "num_chunks differs: nan in " in refused(tmp_path)
+    write_synthetic(tmp_path / "more", "label", "sam", [[0.1, 0.9]], first_seed=2, decay=2)
+    write_synthetic(tmp_path / "more", "label", "sam", [[0.1, 0.9]], first_seed=3, decay=2)
+    assert "have other seeds" in refused(tmp_path / "more")
 
 
 def test_synthetic_runs_that_do_not_compare(tmp_path):
     for name, method, flags in (
         ("a", "base", {}),
         ("num_stages differs: 3 in ", "ln", dict(num_stages=2)),
+        ("updates_per_stage differs: 1 in ", "ln", dict(updates_per_stage=2)),
+        ("batch_size differs: 1 in ", "ln", dict(batch_size=2)),
+        ("momentum differs: 1 in ", "ln", dict(momentum=0.5)),
+        ("conv_strides differs: [3, 1] in ", "ln", dict(conv_strides=[3, 3])),
+        ("label_change differs: permute in ", "ln", dict(label_change="cyclic")),
+        ("images differs: 1 in ", "ln", dict(data=2)),
+        ("not those of reset_shrink", "reset_shrink", dict(shrink_perturb_alpha=1)),
+        ("not those of reset", "reset", dict(shrink_perturb_alpha=0.6)),
         ("not those of ln", "ln", dict(crelu=1)),
         ("not those of plastic", "plastic", dict(crelu=0)),
         ("not those of redo", "redo", dict(redo_interval=9, l2_init=True)),
@@ -339,6 +361,7 @@ def test_intervals_against_a_bootstrap_by_hand():
         "seed_median_tasks": median_over(by_tasks, 1),
     }  # fmt: skip
     ours = report.aggregates(scores, "dmc", reps=4000)
+    assert report.aggregates(scores, "dmc", reps=50) == report.aggregates(scores, "dmc", reps=50)
     assert ours.keys() == expected.keys()
     for name, draws in expected.items():
         value, low, high = ours[name]
@@ -408,6 +431,12 @@ def test_missing_tasks_are_refused_or_said(tmp_path):
     assert row["million parameters"] == 6.8
     write_run(tmp_path, "Pong", "ln_reset", 0, 7.0, steps=20_000)  # seeds 0 and 1, Alien's 1 and 2
     assert "different seeds" in table(tmp_path, "--table", "2", "--allow-missing")[1]
+    for task, seeds in (("Alien", [2]), ("Pong", [10, 2])):  # 2 comes before 10
+        for seed in seeds:
+            write_run(tmp_path / "few", task, "ln_reset", seed, 100.0 * seed)
+    (rows,), error = table(tmp_path / "few", "--table", "2", "--allow-missing")
+    assert rows[0]["mean"][0] == pytest.approx(np.mean([normal(task, 200) for task in games]))
+    assert "different" not in error
 
 
 def test_the_exit_code_of_a_refused_aggregate(tmp_path, monkeypatch, capsys):
@@ -433,12 +462,17 @@ def test_tables_3_and_4_find_their_runs(tmp_path):
     for method in ("base", "reset", "sam_reset"):
         for ratio in (2, 4):
             name = f"pretrained_{method}_rr{ratio}"
-            write_run(tmp_path, "Pong", name, 1, -20.7, "plastic_pretrained_finetune.py")
+            write_run(tmp_path, "Pong", name, 1, ratio, "plastic_pretrained_finetune.py")
     (rows,), _ = table(tmp_path, "--table", "3", "--allow-missing")
     assert [(row["method"], row["runs"], row["IQM, paper"][0]) for row in rows] == [
         ("RR 2", 1, 0.366), ("RR 2, Reset†", 1, 0.709), ("RR 2, SAM, Reset†", 1, 0.776),
         ("RR 4", 1, 0.243), ("RR 4, Reset†", 1, 0.78), ("RR 4, SAM, Reset†", 1, 0.834),
     ]  # fmt: skip
+    iqms = [normal("Pong", ratio) for ratio in (2, 4) for _ in range(3)]
+    assert [row["IQM"][0] for row in rows] == pytest.approx(iqms)
+    write_run(tmp_path, "Pong", "base", 2, 9.0, "plastic_pretrained_finetune.py")
+    (rows,), _ = table(tmp_path, "--table", "4", "--allow-missing")
+    assert rows[0]["runs"] == 1  # Table 4 has no fine-tuning
 
 
 # --- Tables of returns ---

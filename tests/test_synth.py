@@ -200,7 +200,7 @@ def test_labels_of_a_stage_are_a_permutation_of_the_classes(data_dir):
     args = make_args(data_dir, task="label")
     stages = [synth.stage_labels(1, stage, args).tolist() for stage in range(50)]
     assert all(sorted(labels) == list(range(10)) for labels in stages)
-    assert all(a != b for a, b in itertools.pairwise(stages))
+    assert len(set(map(tuple, stages))) == 50
     assert stages[3] != synth.stage_labels(2, 3, args).tolist()
     cyclic = make_args(data_dir, task="label", label_change="cyclic")
     assert synth.stage_labels(1, 13, cyclic).tolist() == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
@@ -405,7 +405,8 @@ def test_what_happens_when(data_dir, monkeypatch):
 
 def test_each_stage_has_its_labels_its_images_and_its_fresh_head(data_dir, monkeypatch):
     heads, updates, update = [], [], synth.Replicas.update
-    args = make_args(data_dir, task="label", num_stages=5, updates_per_stage=3, reset_interval=2)
+    args = make_args(data_dir, task="label", num_stages=5, updates_per_stage=3, reset_interval=2,
+                     redo_interval=4)  # fmt: skip
 
     def checked(replicas):
         stage, position = divmod(len(updates), 3)
@@ -419,8 +420,11 @@ def test_each_stage_has_its_labels_its_images_and_its_fresh_head(data_dir, monke
             heads.append(replicas.weights[:, replicas.head_start :].clone())
         return update(replicas)
 
+    recycled = []
+    monkeypatch.setattr(synth.Replicas, "recycle", lambda _, step: recycled.append(step))
     monkeypatch.setattr(synth.Replicas, "update", checked)
     synth.run(args)
+    assert recycled == [4, 8, 12]  # by the updates made: each time other fresh weights
     assert len(updates) == 15 and len(heads) == 2
     assert (heads[0] != heads[1]).float().mean() > 0.99
 
@@ -444,6 +448,7 @@ def test_a_reset_renews_the_head_and_moves_the_backbone_towards_one_fresh_draw(d
     # The same draw for each seed, whatever the setting; another one each time.
     assert torch.equal(fresh[:2], fresh[2:]) and not torch.equal(fresh[0], fresh[1])
     assert not torch.equal(fresh, replicas.fresh_weights(synth.RESETS, 4))
+    assert not torch.equal(fresh, replicas.fresh_weights(synth.RECYCLED, 2))
     for w in replicas.parameters(fresh).values():
         if w.ndim > 2:
             bound = w[0, 0].numel() ** -0.5  # PyTorch's initialisation is uniform within
@@ -519,6 +524,21 @@ def test_accuracy_by_hand(data_dir, grouping):
             assert accuracy[r] == pytest.approx(share, abs=0.011)  # a tie or two
 
 
+def test_accuracy_counts_the_images_of_a_last_smaller_batch(data_dir):
+    replicas = make_replicas(data_dir, batch_size=32)  # of 200 and of 40 images
+    replicas.weights[:, -10:] = torch.arange(10) == 0  # the last layer's biases: all are class 0
+    replicas.weights[:, -10:] *= 1e9
+    train, test = synth.evaluate(replicas, 3).values()
+    assert train[0] == pytest.approx((replicas.labels == 0).float().mean().item())
+    assert test[0] == pytest.approx((replicas.test_labels == 0).float().mean().item())
+
+
+def test_one_weight_that_is_not_finite_is_divergence(data_dir):
+    replicas = make_replicas(data_dir)
+    replicas.weights[1, 5] = math.inf
+    assert replicas.diverged().tolist() == [False, True]
+
+
 def test_the_images_measured_are_drawn_from_all_that_the_stage_trains_on(data_dir, monkeypatch):
     replicas, asked = make_replicas(data_dir), []
     monkeypatch.setattr(synth, "seen_images", lambda *args: np.arange(20_000))
@@ -529,6 +549,8 @@ def test_the_images_measured_are_drawn_from_all_that_the_stage_trains_on(data_di
     assert not torch.equal(train[0], train[1])
     assert 4_700 < (train >= 10_000).sum(1).float().mean() < 5_300
     assert torch.equal(test, torch.arange(40).expand(2, 40))
+    synth.evaluate(replicas, 1)
+    assert not torch.equal(train, asked[2])
 
 
 def test_metrics_are_those_of_each_replicas_own_network_images_and_labels(data_dir):
@@ -560,6 +582,9 @@ def test_metrics_are_those_of_each_replicas_own_network_images_and_labels(data_d
             ("gradient_norm", gradient.norm()),
         ):
             assert measured[name][r] == pytest.approx(value.item(), rel=1e-4)
+        scores = synth.unit_scores(network, lambda network=network, x=x: network(x[:512]))
+        for name, share in synth.dormant_ratios(scores).items():
+            assert measured[name][r] == share
     # Power iteration on the last one's Hessian + 1, whose largest eigenvalue is so in size, too.
     vector = torch.randn(len(gradient), generator=torch.Generator().manual_seed(9))
     for _ in range(400):
@@ -595,6 +620,7 @@ def test_a_summary_by_hand():
     assert first["final_accuracy_mean"] == pytest.approx(0.7)
     assert first["mean_accuracy"] == pytest.approx([0.3, 0.5])
     assert first["mean_accuracy_mean"] == pytest.approx(0.4)
+    assert first["mean_accuracy_interval"] == pytest.approx([0.3, 0.5])
     assert first["metrics"] == [{"stage": 1, "active_units/head": [1.0, 2.0]}]
     assert second["test_accuracy"][0] == [0.3, 0.5, 0.4]
     assert math.isnan(second["final_accuracy_mean"])
