@@ -136,6 +136,30 @@ def test_initial_weights_and_a_block_that_starts_as_what_is_beside_it():
     torch.testing.assert_close(backbone.layers[1](x), x)
 
 
+def test_the_encoder_by_hand():
+    """MobileNetV2's blocks: the stride is that of the depthwise convolution, no ReLU at the end."""
+    backbone = make_backbone().double().eval()
+    w, images = backbone.state_dict(), torch.rand(2, 4, 84, 84, generator=generator()).double()
+
+    def conv(x, name, **options):
+        weight, bias = (w[f"layers.{name}.{key}"] for key in ("weight", "bias"))
+        return torch.nn.functional.conv2d(x, weight, bias, **options)
+
+    def norm(x, name):
+        keys = "running_mean running_var weight bias".split()
+        mean, variance, scale, shift = (w[f"layers.{name}.{key}"][:, None, None] for key in keys)
+        return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    x = images
+    for i, stride in enumerate((3, 1, 1, 2, 1, 1, 2, 1, 1)):
+        hidden = norm(conv(x, f"{i}.layers.0"), f"{i}.layers.1").clamp(min=0)
+        options = dict(stride=stride, padding=1, groups=hidden.shape[1])
+        hidden = norm(conv(hidden, f"{i}.layers.3", **options), f"{i}.layers.4").clamp(min=0)
+        hidden = norm(conv(hidden, f"{i}.layers.6"), f"{i}.layers.7")
+        x = (conv(x, f"{i}.down", stride=stride) if stride > 1 else x) + hidden
+    torch.testing.assert_close(backbone(images), x.flatten(1))
+
+
 # --- Freezing, update, Reset† ---------------------------------------------------------------------
 
 SAM = {"off": {}, "on": dict(sam_rho=0.1)}
@@ -466,7 +490,10 @@ def test_the_optimizer_of_the_pretraining_begins_with_a_state_that_says_nothing(
     assert len(states) == len(list(network.parameters()))
     assert not any(value.any() for state in states for value in state.values())
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.9, 0.95), 1e-5)
+    settings = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
+    assert settings == [0.5, (0.9, 0.95), 1.5e-4, 1e-5]
+    defaults = ft.Args(mode="pretrain")
+    assert (defaults.pretrain_learning_rate, defaults.pretrain_length) == (3e-4, 11)
 
 
 # --- Videos ---------------------------------------------------------------------------------------
@@ -570,3 +597,19 @@ def test_what_is_recorded_is_what_was_played(monkeypatch):
     assert np.flatnonzero(video.terminals).tolist() == list(range(9, 3_000, 10))
     assert all(map(np.array_equal, video, again)) and actions[:3_000] == actions[3_000:]
     assert np.abs(np.bincount(actions[:3_000], minlength=3) - 1_000).max() < 150
+
+
+def test_each_seed_of_a_pretraining_has_draws_of_its_own(monkeypatch):
+    """Of the game, of the actions and of the augmentation."""
+    actions, draws, step = [], set(), Recording.step
+    spy = lambda env, action: actions.append(int(action[0])) or step(env, action)  # noqa: E731
+    monkeypatch.setattr(Recording, "step", spy)
+    monkeypatch.setattr(Recording, "seeds", [])
+    monkeypatch.setattr(ft, "make_envs", lambda env_id, n, seed: Recording(lambda: None, seed))
+    for seed in (1, 2):
+        args = pretrain_args(collect_steps=50, seed=seed)
+        ft.record(args)
+        _, _, augmentation, _ = ft.make_simtpr(args)
+        draws.add(torch.rand((), generator=augmentation).item())
+    assert Recording.seeds == [1, 2]
+    assert actions[:50] != actions[50:] and len(draws) == 2

@@ -78,6 +78,11 @@ def test_the_loss_is_that_of_the_update_that_logs_it(play, tmp_path, monkeypatch
     assert read_result(tmp_path / PRETRAIN.dir)["final_loss"] == losses[-1].item()
 
 
+def test_half_an_epoch_is_half_its_batches_the_smaller_last_one_included(play):
+    """Of 12 sequences in batches of 7: two in an epoch, three in one and a half."""
+    assert play(PRETRAIN, pretrain_batch_size=7, pretrain_epochs=1.5) == 3
+
+
 def test_a_pretraining_goes_on_with_as_many_frames(play, tmp_path):
     flags = dict(video_dir=str(tmp_path / "videos"))
     write_video(tmp_path / "videos", 17)

@@ -53,10 +53,11 @@ def test_the_stacks_and_the_state_belong_together():
 
 
 def test_stacks_are_of_one_game_that_is_not_over(monkeypatch):
-    """Games of five steps, the frame of step t has t everywhere."""
+    """Games of five steps, the frame of step t has t everywhere, environment i's memory i + 1."""
 
     class Envs:
         action_space, step_number = SimpleNamespace(n=2), 0
+        ram = np.repeat(np.arange(1, 17, dtype=np.uint8), 128).reshape(16, 128)
 
         def frames(self):
             return np.full((16, 1, 84, 84), self.step_number, np.uint8)
@@ -67,14 +68,16 @@ def test_stacks_are_of_one_game_that_is_not_over(monkeypatch):
         def step(self, actions):
             self.step_number += 1
             elapsed = self.step_number % 5
-            info = {"elapsed_step": np.full(16, elapsed), "ram": np.full((16, 128), 9, np.uint8)}
+            info = {"elapsed_step": np.full(16, elapsed), "ram": self.ram}
             over = np.full(16, elapsed == 4)
             return self.frames(), None, over, np.zeros(16, bool), info
 
     monkeypatch.setattr(linear_probe.script, "make_envs", lambda *_: Envs())
-    stacks, *_ = linear_probe.play("Pong", 80, 0)  # of steps 4, where a game ends, 8, 12, 16, 20
+    stacks, state, envs = linear_probe.play("Pong", 80, 0)
+    # Of the steps 4, where a game ends, 8, 12, 16, 20.
     expected = [[5, 6, 7, 8], [0, 10, 11, 12], [0, 0, 15, 16], [0, 0, 0, 20]]
     assert stacks[::16, :, 0, 0].tolist() == expected
+    assert np.array_equal(state[:, 0], envs + 1)  # by which the fit and its test are told apart
 
 
 def test_random_blocks_have_the_statistics_of_the_frames_to_five_digits():
@@ -89,6 +92,14 @@ def test_random_blocks_have_the_statistics_of_the_frames_to_five_digits():
     hidden = hidden.transpose(0, 1).flatten(1)
     torch.testing.assert_close(blocks[1].running_mean, hidden.mean(1).float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(blocks[1].running_var, hidden.var(1).float(), rtol=1e-4, atol=0)
+
+
+def test_the_features_of_a_stack_do_not_depend_on_the_others():
+    """An encoder comes in training mode, in which BatchNorm has the statistics of the batch."""
+    stacks = torch.randint(256, (6, 4, 84, 84), dtype=torch.uint8)
+    encoder = linear_probe.random_blocks(linear_probe.script.Backbone(), stacks)
+    together, alone = (linear_probe.encode(encoder, part) for part in (stacks, stacks[:1]))
+    np.testing.assert_allclose(together[:1], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_the_column_before_pretraining_is_the_encoder_of_that_seed(tmp_path, capsys, monkeypatch):

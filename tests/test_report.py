@@ -645,6 +645,40 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     assert marks == pytest.approx([0.6, 0.1, 0], abs=1e-6)
 
 
+def test_figure_2_has_new_images_across_and_new_labels_up(figures):
+    late = {("input", "base"): [0.1, 0.3], ("label", "base"): [0.5], ("input", "ln"): [0.4]}
+    late |= {("label", "ln"): [0.6, 0.8], ("input", "sam"): [0.9]}  # SAM has one task
+    late = {key: pd.Series(values) for key, values in late.items()}
+    plot.figure2(late, lambda *_: {}, Path("figure2.png"))
+    (axis,) = figures["figure2.png"].axes
+    points = {text.get_text(): text.xy for text in axis.texts}
+    assert points == {"base": pytest.approx((0.2, 0.5)), "LN": pytest.approx((0.4, 0.7))}
+    assert "input" in axis.get_xlabel() and "label" in axis.get_ylabel()
+
+
+def test_intervals_end_where_they_should(figures):
+    """Of one seed there is none."""
+    rows = {"A": dict(iqm=(0.5, 0.4, 0.7)), "B": dict(iqm=(0.2, np.nan, np.nan))}
+    plot.intervals("", rows, ["iqm"], Path("intervals.png"))
+    (axis,) = figures["intervals.png"].axes
+    ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axis.patches]
+    assert ends == [pytest.approx((0.2, 0.2)), pytest.approx((0.4, 0.7))]  # A is at the top
+    bar = dict(panel="", name="", task="", cell=(0.5, 0.4, 0.7), dots=[0.3, 0.8])
+    plot.bars([bar], "", Path("bars.png"))
+    (axis,) = figures["bars.png"].axes
+    assert axis.collections[0].get_segments()[0].tolist() == [[0, 0.4], [0, 0.7]]
+    assert axis.get_lines()[0].get_ydata().tolist() == [0.3, 0.8]
+
+
+def test_a_line_is_the_mean_and_of_six_runs_has_a_band_from_the_lowest_to_the_highest(figures):
+    _, (few, many) = plot.panels(2)
+    plot.line(few, [np.array([[1000, value]]) for value in (0, 0, 3)], "C0", "")
+    plot.line(many, [np.array([[1000, v], [2000, v]]) for v in (0, 0, 0, 0, 0, 6)], "C0", "")
+    assert few.get_lines()[0].get_xydata().tolist() == [[1, 1]] and len(few.get_lines()) == 4
+    (band,) = many.collections
+    assert {y for _, y in band.get_paths()[0].vertices} == {0, 6} and len(many.get_lines()) == 1
+
+
 @pytest.mark.parametrize("updates_flag", ["replay_ratio", "updates_per_step"])
 @pytest.mark.parametrize("per_step", [1, 2, 8])
 @pytest.mark.parametrize("repeat", [1, 4])
