@@ -139,7 +139,7 @@ class Scripted:
 
     def frame(self):
         rng = np.random.default_rng(self.time)
-        return rng.integers(256, size=(1, 16, 16), dtype=np.uint8)
+        return rng.integers(256, size=self.frame_shape, dtype=np.uint8)
 
     def reset(self, seed=None):
         self.seeds.append(seed)

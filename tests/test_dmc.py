@@ -25,7 +25,10 @@ def make_args(**flags):
 
 def make_agent(**flags):
     torch.manual_seed(0)
-    return dmc.Agent(2, make_args(**flags), torch.Generator().manual_seed(0))
+    agent = dmc.Agent(2, make_args(**flags), torch.Generator().manual_seed(0))
+    for w in agent.target.parameters():  # online and target are told apart
+        w += 0.01
+    return agent
 
 
 def make_batch(size=8):
@@ -77,13 +80,22 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end(monkeypatch, discount, 
     np.testing.assert_allclose(env.env.actions, [[0.5, 0.0]] * 3 + [[1.0, 5.0]] * 2)
 
 
+def test_actions_reach_the_tasks_own_bounds():
+    env = dmc.DMControl(make_args(env_id="quadruped-walk"))  # 0.8, 1 and 1.1
+    spec = env.env.action_spec()
+    env.reset()
+    for unit, bound in ((-1.0, spec.minimum), (1.0, spec.maximum)):
+        env.step(np.full(12, unit))
+        np.testing.assert_allclose(env.env.physics.control(), bound)
+
+
 def test_an_episode_ends_by_time_and_seeds_tell_episodes_apart():
     env = dmc.DMControl(make_args(env_id="reacher-easy", action_repeat=300))
-    first, _ = env.reset(seed=5)
+    first, _ = env.reset(seed=0)
     assert first.shape == (1, 16, 16) and first.dtype == np.uint8
     ends = [env.step(np.zeros(2))[2:4] for _ in range(env.episode_steps)]
     assert ends == [(False, False)] * 3 + [(False, True)]  # after 1,000 steps
-    assert np.array_equal(first, env.reset(seed=5)[0])
+    assert np.array_equal(first, env.reset(seed=0)[0])
     others = env.reset()[0], env.reset(seed=6)[0]
     assert not any(np.array_equal(first, other) for other in others)
 
@@ -376,8 +388,6 @@ def test_an_update_equals_a_slow_one(scope, double):
     for optimizer in agent.optimizers.values():  # else Adam's first step tells a gradient's sign
         optimizer.param_groups[0]["eps"] = 1.0
     torch.nn.init.constant_(agent.actor.log_std.bias, 0.55)  # an entropy between -|A| and |A|
-    for w in agent.target.parameters():  # online and target are told apart
-        w += 0.01
     networks, log_alpha = slow_update(agent, batch)
     losses = agent.update(batch)
     for network, slow in zip((agent.critic, agent.actor, agent.target), networks, strict=True):
@@ -388,6 +398,7 @@ def test_an_update_equals_a_slow_one(scope, double):
     trained = [*agent.critic.parameters(), *agent.actor.parameters(), agent.log_alpha]
     norm = torch.cat([w.detach().flatten() for w in trained]).norm()
     torch.testing.assert_close(losses["weight_norm"], norm)
+    assert losses["temperature"].item() == pytest.approx(0.1)  # of before the step
 
 
 @pytest.mark.parametrize("alpha", [0.1, 3.0])
@@ -427,6 +438,7 @@ def test_adam_steps_on_the_right_weights_whatever_the_gradients_strides():
     assert gradient.stride() != w.stride()
     agent = SimpleNamespace(args=SimpleNamespace(learning_rate=1.0))
     optimizer = dmc.Agent.make_optimizer(agent, [w])
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
     dmc.set_gradient(loss, [w])
     optimizer.step()
     torch.testing.assert_close(w.detach(), -slope.sign())  # Adam's first step
@@ -435,10 +447,12 @@ def test_adam_steps_on_the_right_weights_whatever_the_gradients_strides():
 # --- Evaluation and metrics -----------------------------------------------------------------------
 
 
-def test_an_evaluation_by_hand(monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_evaluation_by_hand(channels, monkeypatch):
     """Two episodes of ten steps, in which a reward is the sum of the action: 1, 2, ... 20."""
     env, stacks, video = Scripted(lambda: None), [], []
     monkeypatch.setattr(Scripted, "seeds", [])
+    monkeypatch.setattr(Scripted, "frame_shape", (channels, 16, 16))
     monkeypatch.setattr(dmc, "make_env", lambda args: env)
 
     def act_mean(obs):
@@ -455,6 +469,20 @@ def test_an_evaluation_by_hand(monkeypatch):
     for env.time, frame in enumerate(video):
         assert np.array_equal(frame, env.frame())
     assert len(video) == 10
+
+
+def test_sharpness_is_of_the_training_loss_without_noise(monkeypatch):
+    """On 32 transitions, not augmented."""
+    agent, losses = make_agent(), []
+    replay = dmc.ReplayBuffer(200, 50, (1, 16, 16), 2, 3, torch.device("cpu"))
+    fill(replay, 150)
+    monkeypatch.setattr(dmc, "max_eigenvalue", lambda loss, *_: losses.append(loss) or 0.0)
+    dmc.plasticity_metrics(agent, replay, 3)
+    batch = replay.sample(1024, torch.Generator().manual_seed(3))
+    batch = dmc.Batch(*(entry[:32] for entry in batch))
+    td_target = agent.td_target(batch, batch.next_obs / 255, torch.zeros(32, 2))
+    errors = agent.critic(batch.obs / 255, batch.action) - td_target[:, None]
+    torch.testing.assert_close(losses, [errors.square().sum(1).mean()])
 
 
 def test_the_mean_action_is_that_of_no_noise():

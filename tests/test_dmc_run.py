@@ -110,6 +110,8 @@ def test_defaults_are_the_papers_table_6():
     table |= dict(learning_rate=3e-4, latent_dim=50, hidden_dim=256, target_ema=0.995)
     table |= dict(initial_temperature=0.1, updates_per_step=1, buffer_size=1_000_000)
     table |= dict(total_timesteps=2_000_000, reset_interval=100_000)
+    table |= dict(eval_episodes=10)  # section 4.1
+    table |= dict(learning_starts=1_000, aug_shift=4, render_quality="full")  # not in the paper
     args = vars(dmc.Args())
     assert {name: args[name] for name in table} == table
 

@@ -186,10 +186,12 @@ def test_units_are_the_learning_networks_and_sharpness_is_over_all_its_weights(s
     generator = torch.Generator().manual_seed(3)
     learning.head.eval()
     if script is atari:
-        learning(replay.sample_uniform(512, generator).obs / 255)
+        inputs = [replay.sample_uniform(512, generator).obs / 255]
     else:
         sample = replay.sample(1024, generator)
-        learning(sample.obs[:512] / 255, sample.action[:512])
+        inputs = [sample.obs[:512] / 255, sample.action[:512]]
+    scores = script.unit_scores(learning, lambda: learning(*inputs))
+    assert script.dormant_ratios(scores).items() <= metrics.items()
     assert len(shares) > 4
     for name, share in shares.items():
         assert metrics[f"active_units/{name}"] == pytest.approx(share.item(), abs=1e-4)
