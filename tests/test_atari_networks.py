@@ -103,6 +103,13 @@ def test_noise_is_sign_times_root_of_a_gaussian_independent_and_new_at_each_draw
     assert not torch.equal(layer.noise_in, noise[0])
 
 
+def test_every_noisy_layer_has_noise_of_its_own():
+    network = make_network(hidden_dim=4)
+    network.sample_noise(torch.Generator().manual_seed(0))
+    noise = [e[0].item() for name, e in network.named_buffers() if "noise" in name]
+    assert len(set(noise)) == 2 * 4 and 0 not in noise
+
+
 def test_noisy_initialisation():
     layer = atari.NoisyLinear(400, 100, 0.5)
     for mu in (layer.weight_mu, layer.bias_mu):

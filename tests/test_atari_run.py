@@ -174,6 +174,17 @@ def test_transitions_are_stored_with_clipped_rewards_and_lost_lives_as_ends(trai
     assert replay.dones[:28].tolist() == [*dones, *dones]
 
 
+def test_each_action_is_chosen_on_the_newest_frames(train, monkeypatch):
+    """Steps 11 to 18: the fourth game, whose first step loses a life, and the first one again."""
+    shown = []
+    spy = lambda _, obs: shown.append(obs[0, :, 5, 5].tolist()) or torch.ones(1)  # noqa: E731
+    monkeypatch.setattr(atari.Agent, "act", spy)
+    train(ScriptedEnvs(2 * GAMES), 18)
+    fourth_game = [[0, 0, 0, 14], [0, 0, 0, 15], [0, 0, 15, 16], [0, 15, 16, 17]]
+    first_game = [[0, 0, 0, 19], [0, 0, 19, 20], [0, 19, 20, 21], [0, 0, 0, 22]]
+    assert shown == fourth_game + first_game
+
+
 def test_logged_returns_are_unclipped_and_whole_episodes(train, tmp_path):
     train(ScriptedEnvs(2 * GAMES), 22)
     logged = scalars(tmp_path / "Alien__x__1")
@@ -226,6 +237,10 @@ def test_a_continued_run_begins_a_new_life_with_other_no_ops(name, play, monkeyp
     assert buffers[-1].priorities.nonzero().flatten().tolist() == [*range(1, 12), *range(15, 31)]
     assert Recording.seeds[1] == 1
     assert 10_000 * 200_002 <= Recording.seeds[-1] < 2**31  # above each --seed and evaluation
+    with pytest.raises(SystemExit):
+        play(CASES[name], {12: stop}, exp_name="y")
+    play(CASES[name], resume=True, exp_name="y")
+    assert Recording.seeds[-1] != Recording.seeds[3]  # the first continued one's
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -277,8 +292,20 @@ def test_evaluation_stacks_four_frames_and_zeroes_them_after_a_lost_life(monkeyp
     assert [frame[5, 5] for frame in video] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_lost_life_empties_the_stack_of_its_own_environment(monkeypatch):
+    """Answers come in reverse order; the first game is over after two steps."""
+    games = [(0, 2), (0, 0)], [(0, 2)] * 3 + [(0, 1)] * 2 + [(0, 0)]
+    _, _, network = evaluate(monkeypatch, *games)
+    both = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 2, 3], [0, 0, 1, 4]]
+    second = [[0, 2, 3, 6], [2, 3, 6, 7], [0, 0, 0, 8], [0, 0, 8, 9]]
+    assert network.shown == both + second
+
+
 def test_evaluation_explores_with_epsilon(monkeypatch):
-    _, envs, _ = evaluate(monkeypatch, *[[(0, 2)] * 100] * 20, epsilon=0.3)
+    """In the same steps each time."""
+    games = [[(0, 2)] * 100] * 20
+    envs, again = (evaluate(monkeypatch, *games, epsilon=0.3)[1] for _ in range(2))
+    assert envs.actions == again.actions
     shares = np.bincount(envs.actions) / len(envs.actions)
     np.testing.assert_allclose(shares, [0.1, 0.8, 0.1], atol=0.02)
 

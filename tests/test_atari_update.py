@@ -341,6 +341,7 @@ def test_a_reset_renews_optimizer_and_head_the_same_in_both_networks(alpha):
             assert len(w.unique()) == 1  # sigma and LayerNorm, which begin as constants
     bound, mu = 3136**-0.5, heads[0]["value.hidden.weight_mu"]
     assert heads[0]["value.hidden.weight_sigma"][0, 0] == pytest.approx(0.3 * bound)
+    assert heads[0]["value.output.weight_sigma"][0, 0] == pytest.approx(0.3 * 32**-0.5)
     assert mu.abs().max() <= bound and mu.std() == pytest.approx(bound / 3**0.5, rel=0.02)
 
 
@@ -397,12 +398,18 @@ def test_max_eigenvalue_equals_the_dense_hessians():
 
 
 @pytest.mark.parametrize(
-    "eigenvalues", [[-50.0, -3.0, 2.0], [-5.0, -3.0, -1.0], [4.0, 4.0, 4.0], [1e-3, 7.0, 6.9]]
+    "eigenvalues",
+    [
+        *([-50.0, -3.0, 2.0], [-5.0, -3.0, -1.0], [4.0, 4.0, 4.0], [1e-3, 7.0, 6.9]),
+        [i / 200 for i in range(201)],  # it takes many products to tell the last ones apart
+    ],
+    ids=len,
 )
 def test_max_eigenvalue_is_algebraic_not_by_magnitude(eigenvalues):
-    basis = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))).Q
+    n, generator = len(eigenvalues), torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
     a = basis @ torch.diag(torch.tensor(eigenvalues)) @ basis.T
-    w = nn.Parameter(torch.randn(3))
+    w = nn.Parameter(torch.randn(n))
     actual = atari.max_eigenvalue(0.5 * w @ a @ w, [w], torch.Generator().manual_seed(1))
     assert actual == pytest.approx(max(eigenvalues), rel=2e-3)
 
@@ -468,6 +475,7 @@ def test_defaults_are_the_papers_table_5():
     table |= dict(hidden_dim=512, noisy_std=0.5, buffer_size=100_000, per_alpha=0.5, per_beta=0.4)
     table |= dict(target_ema=0.99, aug_shift=4, aug_intensity=0.05, eval_episodes=100)
     table |= dict(layer_norm=True, crelu=True, sam_rho=0.1, reset_interval=40_000)
+    table |= dict(eval_epsilon=0.001)  # which the paper does not give
     table |= dict(adam_eps=1.5e-4)  # the one that differs: the table's 0.000015 is a digit slip
     args = atari.Args()
     assert {name: getattr(args, name) for name in table} == table

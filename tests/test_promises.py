@@ -97,6 +97,15 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(case, play, tmp_path
     assert different - set(DIFFERENT.split()) == set()
 
 
+def test_a_continued_run_counts_the_seconds_of_all_its_processes(case, play, run_dir):
+    stopped(play, case)
+    checkpoint = load(run_dir)
+    checkpoint["counters"]["wall_clock_seconds"] += 1000
+    torch.save(checkpoint, run_dir / "checkpoint.pth")
+    play(case, resume=True)
+    assert read_result(run_dir)["wall_clock_seconds"] > 1000
+
+
 def test_a_run_stays_until_told_and_the_new_one_can_begin(case, play, run_dir, monkeypatch):
     name, value = next(iter(case.other.items()))
     stopped(play, case)
@@ -534,8 +543,10 @@ def test_after_random_actions_the_agent_acts_and_what_happens_is_stored(case, pl
 
     chosen = torch.full((1, 2), 0.25) if case is CASES["dmc"] else torch.tensor([2])
     monkeypatch.setattr(case.script.ReplayBuffer, "add", spy)
-    monkeypatch.setattr(case.script.Agent, "act", lambda *_: chosen)
+    acts = []
+    monkeypatch.setattr(case.script.Agent, "act", lambda *_: acts.append(0) or chosen)
     play(case)
+    assert len(acts) == 22
     actions, rewards, dones = zip(*stored, strict=True)
     of_the_agent = [(action == chosen[0].numpy()).all() for action in actions]
     assert all(of_the_agent[8:]) and not all(of_the_agent[:8])
