@@ -190,8 +190,8 @@ def slow_update(agent, replay):
         dict(),
         dict(sam_noise="reused"),
         dict(sam_noise="none"),
-        dict(sam_scope="backbone", sam_rho=1.0),
-        dict(sam_scope="head", sam_rho=1.0),
+        dict(sam_scope="backbone", sam_rho=1.0, max_grad_norm=0.01),
+        dict(sam_scope="head", sam_rho=1.0, max_grad_norm=0.01),
     ],
     ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()) or "plastic",
 )
