@@ -180,7 +180,8 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
 def best_settings(synthetic: pd.DataFrame) -> pd.DataFrame:
     """Of each method's runs on a task, its search, the one with the best final test accuracy.
 
-    As the script chooses within a run: of learning rates and weight decays.
+    As the script chooses within a run: of learning rates and weight decays. A run from before a
+    flag was there differs in it.
     """
     seeds = synthetic.accuracies.map(lambda table: tuple(table.index))
     for _, same in synthetic.assign(seeds=seeds).groupby(["task", "exp_name"]):
@@ -199,8 +200,7 @@ def read_scores(path: Path, benchmark: str) -> pd.DataFrame:
     """
     columns = ["method", "task", "seed", "score"]
     try:
-        options = dict(dtype={"method": str}, keep_default_na=False, skip_blank_lines=False)
-        file = pd.read_csv(path, **options)
+        file = pd.read_csv(path, dtype={"method": str}, keep_default_na=False)
         runs = file[columns].astype({"score": float})
     except (ValueError, KeyError) as error:  # pandas' own among them
         sys.exit(f"error: --scores {path}: needs columns {', '.join(columns)} ({error})")
@@ -567,7 +567,8 @@ def report(args: Args) -> int:
     if args.table is not None:
         columns = paper(PER_TASK[args.table][0]) if args.table in PER_TASK else []
         names = {row["exp_name"] for *_, rows in tables for row in rows}
-        others = set(runs.exp_name) - names - {EXP_NAMES.get(column) for column in columns}
+        names |= {EXP_NAMES.get(column) for column in columns}
+        others = set(runs.exp_name[runs.args.map(fixed_policy) == ""]) - names
         if others:
             say(f"exp-names that are not in this table: {', '.join(sorted(others))}")
     late, title, learning = {}, "", runs[:0]

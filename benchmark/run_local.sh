@@ -98,7 +98,7 @@ stopped=0
 stop() {
     stopped=$1
     echo "stopping, after the lines' checkpoints" >&2
-    kill -TERM -- -"$session" 2> /dev/null || kill -TERM "$session" 2> /dev/null || true
+    pkill -TERM -s "$session" 2> /dev/null || kill -TERM -- -"$session" 2> /dev/null || kill -TERM "$session" 2> /dev/null || true
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
@@ -106,7 +106,7 @@ trap 'stop 129' HUP
 while kill -0 "$session" 2> /dev/null; do
     wait "$session" || true
 done
-while kill -0 -- -"$session" 2> /dev/null; do sleep 0.1; done
+while pgrep -s "$session" > /dev/null 2>&1 || kill -0 -- -"$session" 2> /dev/null; do sleep 0.1; done # without procps, by group
 
 if [[ $stopped != 0 ]]; then
     echo "stopped; the same command goes on" >&2

@@ -156,7 +156,7 @@ def test_of_a_search_in_several_runs_the_best_setting_is_shown(tmp_path, capsys,
     assert rows[0]["learning rate, weight decay"] == "0.01, 1"
     write_synthetic(tmp_path / "one", "label", "sam", [[0.1, 0.9], [0.1, None]])
     assert table(tmp_path / "one")[0][0][0]["final"] == "nan"
-    write_synthetic(tmp_path / "rho", "label", "ln", [[0.1, 0.9]], decay=1, num_chunks=2)
+    write_synthetic(tmp_path / "chunks", "label", "ln", [[0.1, 0.9]], decay=1, num_chunks=2)
     assert "num_chunks differs: nan in " in refused(tmp_path)
     write_synthetic(tmp_path / "more", "label", "sam", [[0.1, 0.9]], first_seed=2, decay=2)
     write_synthetic(tmp_path / "more", "label", "sam", [[0.1, 0.9]], first_seed=3, decay=2)
