@@ -580,9 +580,10 @@ def report(args: Args) -> int:
         for run in synthetic.itertuples():
             accuracies = run.accuracies.iloc[:, -last:]
             late[run.task, run.exp_name] = accuracies.mean(axis="columns", skipna=False)
-        for (task, name), own in late.items() if args.plot is not None else ():
-            common = len(own.index.intersection(late.get((task, "base"), own[:0]).index))
-            if common < len(own):
+        for (task, name), own in late.items():
+            base = late.get((task, "base"), own[:0])
+            common = len(own.index.intersection(base.index))
+            if args.plot is not None and common < len(own):
                 say(f"{name}, {task}: Figure 3 has {common} of {len(own)} seeds, those of base")
         flags = synthetic.args.iloc[0]
         title = f"{flags['num_stages']} stages of {flags['updates_per_stage']} updates"

@@ -106,7 +106,8 @@ trap 'stop 129' HUP
 while kill -0 "$session" 2> /dev/null; do
     wait "$session" || true
 done
-while pgrep -s "$session" > /dev/null 2>&1 || kill -0 -- -"$session" 2> /dev/null; do sleep 0.1; done # without procps, by group
+# Where there is no pgrep, the process group: lines under timeout, which makes its own, are not in it.
+while pgrep -s "$session" > /dev/null 2>&1 || kill -0 -- -"$session" 2> /dev/null; do sleep 0.1; done
 
 if [[ $stopped != 0 ]]; then
     echo "stopped; the same command goes on" >&2
