@@ -141,6 +141,14 @@ def test_draws_are_by_priority_or_uniform():
     assert_drawn(replay.sample_uniform(20_000, generator), (replay.priorities > 0).float())
 
 
+def test_each_stratum_has_a_draw_of_its_own():
+    """64 strata of 100 equal slots: one draw in each, at places that differ."""
+    replay = make_full(6400)
+    index, _ = replay.sample(64, torch.tensor(1.0), seeded())
+    assert (index // 100).tolist() == list(range(64))
+    assert len(set((index % 100).tolist())) > 30  # 47 are expected, of 64
+
+
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
 def test_extreme_draws_stay_on_sampleable_slots(draw, monkeypatch):
     replay = make_full(300)

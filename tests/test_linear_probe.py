@@ -52,6 +52,20 @@ def test_the_stacks_and_the_state_belong_together():
     assert (state[:, 1] > 0).all()
 
 
+def test_in_pong_the_agent_plays_the_right_paddle():
+    """In each paddle's columns, what differs from the background moves with its byte of memory."""
+    stacks, state, _ = linear_probe.play("Pong", 640, 0)
+    newest = stacks[:, -1, 18:79].float()  # between the walls
+    bright = (newest - newest.median(0).values).abs()
+    names = list(linear_probe.RAM["Pong"])
+    for name, columns in ("opponent's paddle y", slice(8, 11)), ("paddle y", slice(73, 76)):
+        paddle = bright[..., columns].sum(2)
+        drawn = paddle.sum(1) > 0
+        seen = (paddle * torch.arange(61)).sum(1)[drawn] / paddle.sum(1)[drawn]
+        byte = state[drawn, names.index(name)]
+        assert len(byte) > 350 and np.corrcoef(seen.numpy(), byte)[0, 1] > 0.95
+
+
 def test_stacks_are_of_one_game_that_is_not_over(monkeypatch):
     """Games of five steps, the frame of step t has t everywhere, environment i's memory i + 1."""
 
