@@ -91,7 +91,7 @@ class Args:
     checkpoint_interval: Literal["auto"] | int = "auto"
     overwrite: bool = False  # replace a run of the same name, finished or not
 
-    # Training (Table 5)
+    # Training (Table 5; v_min and v_max: its lineage)
     total_timesteps: int = 100_000  # steps; one is 4 frames
     replay_ratio: int = 2  # gradient updates per step
     batch_size: int = 32  # transitions per update
@@ -351,7 +351,10 @@ class QNetwork(nn.Module):
                 module.sample_noise(generator)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] [B, 4, 84, 84] -> log-probabilities, [B, num_actions, n_atoms]."""
+        """Images [B, 4, 84, 84] -> log-probabilities [B, num_actions, n_atoms].
+
+        Images are from 0 to 1, with the intensities of augment() to 1.1.
+        """
         features = self.backbone(images)
         # The gradients of both streams add up here, so they are scaled by 1/sqrt(2) (Wang et al.,
         # 2016): lerp(x, x) is x, but only its second end passes a gradient on.
@@ -369,7 +372,7 @@ class Batch(NamedTuple):
     action: Tensor  # int64 [B]
     n_step_return: Tensor  # float32 [B]
     discount: Tensor  # float32 [B]
-    next_obs: Tensor  # uint8 [B, 4, 84, 84]
+    next_obs: Tensor  # uint8 [B, 4, 84, 84]; of no use, maybe of another life, at discount 0
 
 
 class ReplayBuffer:
@@ -477,7 +480,7 @@ class ReplayBuffer:
         """A batch drawn by priority, one transition from each of batch_size strata; its weights.
 
         The importance weights, float32 [B], are (1 / (N p)) ** beta over the largest of them, so
-        that N and the sum of all priorities cancel (Schaul et al., 2016, appendix B.2.1).
+        that N and the sum of all priorities cancel (Schaul et al., 2016, section 3.4 and B.2.1).
         """
         device = self.priorities.device
         # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
@@ -499,10 +502,10 @@ class ReplayBuffer:
         return self.gather(index)
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
-        """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set.
+        """Set the priorities [B] of slots `index` [B]; new transitions get the largest so far.
 
-        They are already raised to alpha, and above 0. A slot can be there twice, augmented
-        differently: either priority may stay.
+        That is 1 at first. They are already raised to alpha, and above 0. A slot can be there
+        twice, augmented differently: either priority may stay.
         """
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
@@ -751,7 +754,7 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
     where they are and that the caller keeps, as a graph keeps none alive. Each call of the returned
     function overwrites what the call before it returned.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
-    all that they change, are put back.
+    all that they change, are put back. Gradients are not: the function computes its own.
     """
     saved = [tensor.clone() for tensor in tensors]
     states = [generator.get_state() for generator in generators]
@@ -780,11 +783,11 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
 
 def make_generators(args: Args) -> dict[str, Generator]:
     """All sources of random numbers but the environment's, by name, seeded."""
-    generators = {"torch": torch.manual_seed(args.seed)}  # initial weights, random first actions
+    generators = {"torch": torch.manual_seed(args.seed)}  # weights drawn on the CPU, first actions
     for name in ("sampling", "metrics"):  # two: measuring must change nothing of what is learned
         seed = int(torch.randint(2**31, ()))
         generators[name] = Generator(args.device).manual_seed(seed)
-    if args.device == "cuda":  # initial weights after resets
+    if args.device == "cuda":  # weights drawn on the GPU, at resets
         device = torch.cuda.current_device()  # starts CUDA: before, default_generators is empty
         generators["cuda"] = torch.cuda.default_generators[device]
     return generators
@@ -932,8 +935,8 @@ def evaluate_saved(args: Args) -> None:
 def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
     """Share of activations above 0 (Fig. 4) when `forward` runs the network.
 
-    By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
-    above 0: a layer with it has 0.5 by construction.
+    By layer, and in all of network.backbone and of network.head, each with an nn.ReLU or CReLU. Of
+    CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
     """
     active: dict[nn.Module, Tensor] = {}  # bool
 
@@ -987,8 +990,8 @@ def feature_metrics(features: Tensor) -> dict[str, float]:
     """Ranks of features [N, width] by their singular values s, and the mean of their norms.
 
     Effective rank: exp(-sum p ln p), p = s / sum s (Roy & Vetterli, 2007). srank: the fewest s that
-    sum to 99% (Kumar et al., 2021, arXiv 2010.14498). Stable rank: ||A||_F^2 / s_1^2. nan where all
-    features are 0 or one is not finite.
+    sum to 99% (Kumar et al., 2021, arXiv 2010.14498). Stable rank: ||A||_F^2 / s_1^2. The ranks
+    are nan where all features are 0 or one is not finite.
     """
     metrics = dict.fromkeys(("effective_rank", "srank", "stable_rank"), math.nan)
     metrics["feature_norm"] = float(features.norm(dim=1).mean())
@@ -1015,7 +1018,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
     falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
-    digits. The loss depends on all `parameters`. nan for a loss that is not finite.
+    digits. The loss and its gradient depend on all `parameters` (the gradient of a mean of Q-values
+    not on their last bias). nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -1194,9 +1198,9 @@ def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> S
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
-        counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
+        options = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        options |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
+        counters.wandb_id = wandb.init(**options, config=asdict(args), sync_tensorboard=True).id
     if args.overwrite:  # now that nothing more can keep the new run from beginning
         names = ["result.json", "checkpoint.pth", "model.pth", "video.gif"]  # of this script
         for name in [*names, *(f"{name}.tmp" for name in names), "events.out.tfevents.*"]:
@@ -1279,8 +1283,8 @@ def train(args: Args, run_dir: Path) -> None:
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
     # above any --seed and any evaluation's, and below EnvPool's limit of 31 bits.
-    continued = (2_100_000_000 + counters.env_steps % 40_000_000) if counters.env_steps > 0 else 0
-    envs = make_envs(args.env_id, 1, args.seed + continued)
+    offset = (2_100_000_000 + counters.env_steps % 40_000_000) if counters.env_steps > 0 else 0
+    envs = make_envs(args.env_id, 1, args.seed + offset)
     frames, info = envs.reset()
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
@@ -1368,7 +1372,7 @@ def train(args: Args, run_dir: Path) -> None:
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 
-    # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
+    # Stopped from here on, a run with checkpoints repeats its evaluation: the last step has one.
     on_stop_signals(signal.SIG_DFL)
     video = [] if args.capture_video else None
     returns = evaluate(agent.target, args, video)

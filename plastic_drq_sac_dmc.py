@@ -38,7 +38,7 @@ Where it departs from the paper's text (README.md and benchmark/RELEASE.md have 
   layers (--layer-norm-scope).
 - CReLU is in the MLPs alone, as for Atari; appendix A.4 replaces every ReLU (--crelu-scope).
 - A step's update runs before its transition is stored, so that the CPU simulates while a GPU
-  learns: the newest transition is one update late.
+  learns: the newest transition is one step late.
 - An evaluation is 10 episodes (section 4.1); Table 6 says 100 (--eval-episodes).
 """
 
@@ -502,7 +502,8 @@ class ReplayBuffer:
         frame_stack: int,
         device: torch.device,
     ) -> None:
-        # Beyond the transitions: each episode's last frame, and older frames for the oldest stack.
+        # Beyond the transitions: each episode's last frame, the newest frame, and frame_stack - 1
+        # more for the oldest one's stack.
         self.num_slots = capacity + math.ceil(capacity / episode_steps) + frame_stack
         self.frame_stack = frame_stack
         self.frames = torch.zeros((self.num_slots, *frame_shape), dtype=torch.uint8, device=device)
@@ -572,7 +573,7 @@ class ReplayBuffer:
         )
 
     def sample(self, batch_size: int, generator: Generator) -> Batch:
-        """Transitions drawn uniformly, with replacement."""
+        """Transitions drawn uniformly, with replacement; at least one must be valid."""
         # valid = 1, 0, 1 adds up to 1, 1, 2: a draw of 0 falls on slot 0, one of 1 on slot 2.
         cumulative, device = self.valid.cumsum(0), self.valid.device
         uniform = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float64)
@@ -663,8 +664,9 @@ def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 def set_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> None:
     """Put the loss's gradient into .grad of these parameters, and of no other.
 
-    Copied, so that it lies in memory as the parameter does: from a gradient with other strides,
-    fused Adam on the CPU would update the wrong weights.
+    That is there since make_optimizer(); zero_grad() would take it away. Copied, so that it lies in
+    memory as the parameter does: from a gradient with other strides, fused Adam on the CPU would
+    update the wrong weights.
     """
     for w, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         w.grad.copy_(gradient)
@@ -699,7 +701,7 @@ class Agent:
             "actor": ("actor",),
             "encoder": ("encoder",),
         }
-        self.sam_scope = scopes[args.sam_scope] if args.sam_rho > 0 else ()
+        self.sam_groups = scopes[args.sam_scope] if args.sam_rho > 0 else ()
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
         """Adam whose state is there, so that checkpoints and CUDA graphs find it.
@@ -795,7 +797,7 @@ class Agent:
         SAM's w + rho * g / ||g||.
         """
         parameters = [w for name in names for w in self.parameters[name]]
-        perturbed = [w for name in names if name in self.sam_scope for w in self.parameters[name]]
+        perturbed = [w for name in names if name in self.sam_groups for w in self.parameters[name]]
 
         # The gradient at w.
         loss, scalars = loss_function()
@@ -845,7 +847,7 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
     where they are and that the caller keeps, as a graph keeps none alive. Each call of the returned
     function overwrites what the call before it returned.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
-    all that they change, are put back.
+    all that they change, are put back. Gradients are not: the function computes its own.
     """
     saved = [tensor.clone() for tensor in tensors]
     states = [generator.get_state() for generator in generators]
@@ -908,9 +910,9 @@ def make_agent(
         act = capture(act, [], (agent.generator,))
 
     def refill(entry: Tensor, new: Tensor) -> None:
-        # From pinned memory a copy to the GPU goes on while the CPU does.
-        pinned = new if device == replay_device else new.pin_memory()
-        entry.copy_(pinned, non_blocking=True)
+        if device != replay_device:
+            new = new.pin_memory()  # from there a copy to the GPU goes on while the CPU does
+        entry.copy_(new, non_blocking=True)
 
     def sample_and_update() -> dict[str, Tensor]:
         sampled = replay.sample(args.batch_size, generators["sampling"])  # line 9: a minibatch
@@ -1001,8 +1003,8 @@ def evaluate_saved(args: Args) -> None:
 def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
     """Share of activations above 0 (Fig. 4) when `forward` runs the network.
 
-    By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
-    above 0: a layer with it has 0.5 by construction.
+    By layer, and in all of network.backbone and of network.head, each with an nn.ReLU or CReLU. Of
+    CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
     """
     active: dict[nn.Module, Tensor] = {}  # bool
 
@@ -1056,8 +1058,8 @@ def feature_metrics(features: Tensor) -> dict[str, float]:
     """Ranks of features [N, width] by their singular values s, and the mean of their norms.
 
     Effective rank: exp(-sum p ln p), p = s / sum s (Roy & Vetterli, 2007). srank: the fewest s that
-    sum to 99% (Kumar et al., 2021, arXiv 2010.14498). Stable rank: ||A||_F^2 / s_1^2. nan where all
-    features are 0 or one is not finite.
+    sum to 99% (Kumar et al., 2021, arXiv 2010.14498). Stable rank: ||A||_F^2 / s_1^2. The ranks
+    are nan where all features are 0 or one is not finite.
     """
     metrics = dict.fromkeys(("effective_rank", "srank", "stable_rank"), math.nan)
     metrics["feature_norm"] = float(features.norm(dim=1).mean())
@@ -1084,7 +1086,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
     falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
-    digits. The loss depends on all `parameters`. nan for a loss that is not finite.
+    digits. The loss and its gradient depend on all `parameters` (the gradient of a mean of Q-values
+    not on their last bias). nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -1262,9 +1265,9 @@ def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWrite
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
-        counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
+        options = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        options |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
+        counters.wandb_id = wandb.init(**options, config=asdict(args), sync_tensorboard=True).id
     if args.overwrite:  # now that nothing more can keep the new run from beginning
         names = ["result.json", "checkpoint.pth", "model.pth", "video.gif"]  # of this script
         for name in [*names, *(f"{name}.tmp" for name in names), "events.out.tfevents.*"]:
@@ -1348,8 +1351,8 @@ def train(args: Args, run_dir: Path) -> None:
     counters.git_commits.append(git_commit())
     # The simulation's state is not in a checkpoint: a continued run begins a new episode, with a
     # seed above any --seed and any evaluation's, and below the suite's limit of 32 bits.
-    continued = (2_100_000_000 + counters.agent_steps) if counters.agent_steps > 0 else 0
-    frame, _ = env.reset(seed=args.seed + continued)
+    offset = (2_100_000_000 + counters.agent_steps) if counters.agent_steps > 0 else 0
+    frame, _ = env.reset(seed=args.seed + offset)
     replay.start(frame)
     episode_return, episode_length = 0.0, 0
 
@@ -1437,7 +1440,7 @@ def train(args: Args, run_dir: Path) -> None:
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 
-    # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
+    # Stopped from here on, a run with checkpoints repeats its evaluation: the last step has one.
     on_stop_signals(signal.SIG_DFL)
     video = [] if args.capture_video else None
     returns = evaluate(agent, args, video)

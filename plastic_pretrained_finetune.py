@@ -25,9 +25,9 @@ pulled towards fresh weights:
 
 Read Agent.update first, which is Algorithm 1 on a frozen Backbone, then train, the loop around it.
 Agent.reset is Reset†: reset_head for the head, shrink_towards for the encoder. What is not about
-the encoder is as in the Atari script, with fewer metrics. For the pretraining, read
-pretraining_loss, which is that of SimTPR's published code (github.com/dojeon-ai/SimTPR), then
-pretrain, the loop around it.
+the encoder is as in the Atari script, with fewer metrics and scopes, and all interventions off. For
+the pretraining, read pretraining_loss, which is that of SimTPR's published code
+(github.com/dojeon-ai/SimTPR), then pretrain, the loop around it.
 Two clocks tick in train: steps of the environment (4 frames each) and gradient updates, which
 resets count. In pretrain: updates alone.
 
@@ -105,7 +105,7 @@ class Args:
 
     # Encoder
     pretrained_path: str | None = None  # weights in SimTPR's published layout
-    from_scratch: bool = False  # a random encoder (frozen, too, unless --no-freeze-backbone)
+    from_scratch: bool = False  # a random encoder (frozen, too: a linear map, its blocks are off)
     freeze_backbone: bool = True  # train the head alone
 
     # Pretraining (as SimTPR has it, but for the recording: 15,630 updates where it has 234,370)
@@ -400,7 +400,7 @@ class InvertedResidual(nn.Module):
 
 
 class Backbone(nn.Module):
-    """SimTPR's encoder: nine blocks of three convolutions, one more in the three strided blocks.
+    """SimTPR's encoder: nine blocks of three convolutions, one more in each of the strided three.
 
     These are the paper's 30 layers. Its state_dict has the keys of the published files.
     """
@@ -416,12 +416,12 @@ class Backbone(nn.Module):
         self.layers = nn.Sequential(*blocks, nn.Flatten())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] [B, 4, 84, 84] -> features [B, 3136]."""
+        """Images [B, 4, 84, 84], to_images() or augment(), -> features [B, 3136]."""
         return self.layers(images)
 
 
 def load_pretrained(path: str) -> Backbone:
-    """An encoder with the weights of a file in SimTPR's published layout."""
+    """An encoder with the weights of a file in SimTPR's layout. Its BatchNorm needs eval()."""
     backbone, prefix = Backbone(), "backbone."
     try:
         model = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
@@ -461,7 +461,7 @@ class QNetwork(nn.Module):
                 module.sample_noise(generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Images in [0, 1] [B, 4, 84, 84] -> log-probabilities, [B, num_actions, n_atoms].
+        """Images [B, 4, 84, 84] -> log-probabilities [B, num_actions, n_atoms].
 
         Or their features [B, 3136], where a frozen backbone ran before.
         """
@@ -483,7 +483,7 @@ class Batch(NamedTuple):
     action: Tensor  # int64 [B]
     n_step_return: Tensor  # float32 [B]
     discount: Tensor  # float32 [B]
-    next_obs: Tensor  # uint8 [B, 4, 84, 84]
+    next_obs: Tensor  # uint8 [B, 4, 84, 84]; of no use, maybe of another life, at discount 0
 
 
 class ReplayBuffer:
@@ -591,7 +591,7 @@ class ReplayBuffer:
         """A batch drawn by priority, one transition from each of batch_size strata; its weights.
 
         The importance weights, float32 [B], are (1 / (N p)) ** beta over the largest of them, so
-        that N and the sum of all priorities cancel (Schaul et al., 2016, appendix B.2.1).
+        that N and the sum of all priorities cancel (Schaul et al., 2016, section 3.4 and B.2.1).
         """
         device = self.priorities.device
         # Priorities 1, 0, 3 add up to 1, 1, 4: a draw of 0.9 falls on slot 0, one of 1.0 on slot 2.
@@ -613,10 +613,10 @@ class ReplayBuffer:
         return self.gather(index)
 
     def update_priorities(self, index: Tensor, priorities: Tensor) -> None:
-        """Set the priorities [B] of slots `index` [B]; new transitions get the largest ever set.
+        """Set the priorities [B] of slots `index` [B]; new transitions get the largest so far.
 
-        They are already raised to alpha, and above 0. A slot can be there twice, augmented
-        differently: either priority may stay.
+        That is 1 at first. They are already raised to alpha, and above 0. A slot can be there
+        twice, augmented differently: either priority may stay.
         """
         self.priorities[index] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
@@ -880,7 +880,7 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
     where they are and that the caller keeps, as a graph keeps none alive. Each call of the returned
     function overwrites what the call before it returned.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
-    all that they change, are put back.
+    all that they change, are put back. Gradients are not: the function computes its own.
     """
     saved = [tensor.clone() for tensor in tensors]
     states = [generator.get_state() for generator in generators]
@@ -909,11 +909,11 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
 
 def make_generators(args: Args) -> dict[str, Generator]:
     """All sources of random numbers but the environment's, by name, seeded."""
-    generators = {"torch": torch.manual_seed(args.seed)}  # initial weights, random first actions
+    generators = {"torch": torch.manual_seed(args.seed)}  # weights drawn on the CPU, first actions
     for name in ("sampling", "metrics"):  # two: measuring must change nothing of what is learned
         seed = int(torch.randint(2**31, ()))
         generators[name] = Generator(args.device).manual_seed(seed)
-    if args.device == "cuda":  # initial weights after resets
+    if args.device == "cuda":  # weights drawn on the GPU, at resets
         device = torch.cuda.current_device()  # starts CUDA: before, default_generators is empty
         generators["cuda"] = torch.cuda.default_generators[device]
     return generators
@@ -1062,8 +1062,8 @@ def evaluate_saved(args: Args) -> None:
 def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
     """Share of activations above 0 (Fig. 4) when `forward` runs the network.
 
-    By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
-    above 0: a layer with it has 0.5 by construction.
+    By layer, and in all of network.backbone and of network.head, each with an nn.ReLU or CReLU. Of
+    CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
     """
     active: dict[nn.Module, Tensor] = {}  # bool
 
@@ -1087,7 +1087,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
     falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
-    digits. The loss depends on all `parameters`. nan for a loss that is not finite.
+    digits. The loss and its gradient depend on all `parameters` (the gradient of a mean of Q-values
+    not on their last bias). nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -1154,7 +1155,7 @@ MAY_CHANGE = set(
 
 @dataclass
 class Counters:
-    """Where a run stands; its result.json will have it."""
+    """Where a run stands; its result.json will have it (a pretraining's: what it counts)."""
 
     env_steps: int = 0
     gradient_updates: int = 0
@@ -1288,7 +1289,8 @@ def draw_starts(starts: np.ndarray, batch_size: int, seed: int) -> Iterator[np.n
     An epoch's last batch may be smaller: every start comes once.
     """
     for epoch in count():
-        order = np.random.default_rng([seed, epoch]).permutation(starts)
+        rng = np.random.default_rng([seed, epoch + 1])  # [seed, 0] is the stream of record()
+        order = rng.permutation(starts)
         yield from np.split(order, range(batch_size, len(order), batch_size))
 
 
@@ -1382,7 +1384,7 @@ class SimTPR(nn.Module):
                 nn.init.zeros_(w)
 
     def forward(self, stacks: Tensor) -> tuple[Tensor, Tensor]:
-        """Stacks in [0, 1] [N, T, 4, 84, 84] -> projections and predictions, both [N, T - 1, D].
+        """Stacks [N, T, 4, 84, 84] of augment() -> projections and predictions, [N, T - 1, D].
 
         Of all stacks but the first; each is predicted from the projections before it.
         """
@@ -1514,9 +1516,9 @@ def start_logging(args: Args, run_dir: Path, counters: Counters, step: int) -> S
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
-        counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
+        options = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        options |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
+        counters.wandb_id = wandb.init(**options, config=asdict(args), sync_tensorboard=True).id
     if args.overwrite:  # now that nothing more can keep the new run from beginning
         names = ["result.json", "checkpoint.pth", "model.pth", "video.gif"]  # of this script
         for name in [*names, *(f"{name}.tmp" for name in names), "events.out.tfevents.*"]:
@@ -1599,8 +1601,8 @@ def train(args: Args, run_dir: Path) -> None:
     counters.git_commits.append(git_commit())
     # The emulator's state is not in a checkpoint: a continued run begins a new episode, with a seed
     # above any --seed and any evaluation's, and below EnvPool's limit of 31 bits.
-    continued = (2_100_000_000 + counters.env_steps % 40_000_000) if counters.env_steps > 0 else 0
-    envs = make_envs(args.env_id, 1, args.seed + continued)
+    offset = (2_100_000_000 + counters.env_steps % 40_000_000) if counters.env_steps > 0 else 0
+    envs = make_envs(args.env_id, 1, args.seed + offset)
     frames, info = envs.reset()
     replay.start(frames[0, 0])
     lives, episode_return, episode_length = info["lives"][0], 0.0, 0
@@ -1688,7 +1690,7 @@ def train(args: Args, run_dir: Path) -> None:
             print(f"stopped{advice} after step {step}", file=sys.stderr)
             sys.exit(128 + stop_signals[0])
 
-    # Stopped from here on, a run repeats its evaluation: the last step has a checkpoint.
+    # Stopped from here on, a run with checkpoints repeats its evaluation: the last step has one.
     on_stop_signals(signal.SIG_DFL)
     video = [] if args.capture_video else None
     returns = evaluate(agent.target, args, video)
@@ -1737,16 +1739,16 @@ def pretrain(args: Args, run_dir: Path) -> None:
     starts, batch_size = every_start(videos, args.sequence_frames), args.pretrain_batch_size
     total = max(round(args.pretrain_epochs * math.ceil(len(starts) / batch_size)), 1)
 
-    first = counters.gradient_updates
-    writer = start_logging(args, run_dir, counters, first)
+    made = counters.gradient_updates  # by earlier processes
+    writer = start_logging(args, run_dir, counters, made)
     size = f"encoder of {sum(w.numel() for w in network.backbone.parameters()):,} parameters"
     size += f", {counters.frames:,} frames of video, {total:,} updates, on {device_name(args)}"
-    print(f"{run_dir}: {size}, from update {first}", file=sys.stderr)
+    print(f"{run_dir}: {size}, from update {made}", file=sys.stderr)
     checkpoint_time = time.perf_counter()
     stop_signals = catch_stop_signals()
-    batches = islice(draw_starts(starts, batch_size, args.seed), first, total)
-    progress = tqdm(batches, args.env_id, total, initial=first, disable=None)
-    for update, batch_starts in enumerate(progress, first + 1):
+    batches = islice(draw_starts(starts, batch_size, args.seed), made, total)
+    progress = tqdm(batches, args.env_id, total, initial=made, disable=None)
+    for update, batch_starts in enumerate(progress, made + 1):
         counters.gradient_updates = update
 
         # Learn

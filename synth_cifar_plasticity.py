@@ -479,13 +479,17 @@ class Replicas:
         # Updates made so far: [1], because indexing with a scalar tensor would wait for the device.
         self.updates = torch.zeros(1, dtype=torch.int64, device=device)
 
-        # The stage's minibatches as indices of images, and the label of each class, by seed.
+        # The stage's minibatches as indices of images, and the label of each class, by seed. All 0
+        # until start_stage() draws them.
         shape = (args.updates_per_stage, args.num_seeds, args.batch_size)
         self.batches = torch.zeros(shape, dtype=torch.int64, device=device)
         self.class_labels = torch.zeros((args.num_seeds, 10), dtype=torch.int64, device=device)
 
     def initial_weights(self, seeds: list[int]) -> Tensor:
-        """The weights that runs with seeds [S] begin with, the same for every setting: [R, P]."""
+        """The weights that runs with seeds [S] begin with, the same for every setting: [R, P].
+
+        PyTorch's own generator is seeded here at each call. Nothing else draws from it.
+        """
         rows = []
         for seed in seeds:  # on the CPU, so that a GPU begins with the same
             torch.manual_seed(seed)
@@ -493,7 +497,7 @@ class Replicas:
         return torch.stack(rows).repeat(len(self.settings), 1).to(self.device)
 
     def start_stage(self, stage: int) -> None:
-        """Draw the stage's minibatches and labels."""
+        """Draw the stage's minibatches and labels, before its first update."""
         args, num_images = self.args, len(self.images)
         batches = [stage_batches(seed, stage, num_images, args) for seed in self.seeds]
         self.batches.copy_(torch.from_numpy(np.stack(batches, axis=1)))
@@ -654,7 +658,7 @@ def capture(function: Callable, tensors: list[Tensor], generators: tuple = ()) -
     where they are and that the caller keeps, as a graph keeps none alive. Each call of the returned
     function overwrites what the call before it returned.
     Three warm-up runs let PyTorch choose kernels and fill its caches; `tensors` and `generators`,
-    all that they change, are put back.
+    all that they change, are put back. Gradients are not: the function computes its own.
     """
     saved = [tensor.clone() for tensor in tensors]
     states = [generator.get_state() for generator in generators]
@@ -714,7 +718,10 @@ def accuracy(replicas: Replicas, images: Tensor, labels: Tensor, index: Tensor) 
 
 
 def evaluate(replicas: Replicas, stage: int) -> dict[str, list[float]]:
-    """Accuracy by replica on the stage's images (10,000 at most) and on the test images."""
+    """Accuracy by replica on the stage's images (10,000 at most) and on the test images.
+
+    The labels are those that start_stage() set last.
+    """
     measured = []
     for seed in replicas.seeds:
         seen = seen_images(seed, stage, len(replicas.images), replicas.args)
@@ -791,8 +798,8 @@ def summary(task: str, best: dict) -> str:
 def active_units(network: nn.Module, forward: Callable[[], object]) -> dict[str, float]:
     """Share of activations above 0 (Fig. 4) when `forward` runs the network.
 
-    By layer, and in all of the backbone and of the head. Of CReLU's outputs, one in each pair is
-    above 0: a layer with it has 0.5 by construction.
+    By layer, and in all of network.backbone and of network.head, each with an nn.ReLU or CReLU. Of
+    CReLU's outputs, one in each pair is above 0: a layer with it has 0.5 by construction.
     """
     active: dict[nn.Module, Tensor] = {}  # bool
 
@@ -816,7 +823,8 @@ def max_eigenvalue(loss: Tensor, parameters: list[Tensor], generator: Generator)
     By the Lanczos method (Golub & Van Loan, 2013, chapter 10), from Hessian-vector products and
     with three vectors of the parameters' size. It stops when the residual of the largest Ritz pair
     falls below a thousandth of its value, after 100 products at the latest; TF32 leaves three
-    digits. The loss depends on all `parameters`. nan for a loss that is not finite.
+    digits. The loss and its gradient depend on all `parameters` (the gradient of a mean of Q-values
+    not on their last bias). nan for a loss that is not finite.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -858,8 +866,8 @@ def feature_metrics(features: Tensor) -> dict[str, float]:
     """Ranks of features [N, width] by their singular values s, and the mean of their norms.
 
     Effective rank: exp(-sum p ln p), p = s / sum s (Roy & Vetterli, 2007). srank: the fewest s that
-    sum to 99% (Kumar et al., 2021, arXiv 2010.14498). Stable rank: ||A||_F^2 / s_1^2. nan where all
-    features are 0 or one is not finite.
+    sum to 99% (Kumar et al., 2021, arXiv 2010.14498). Stable rank: ||A||_F^2 / s_1^2. The ranks
+    are nan where all features are 0 or one is not finite.
     """
     metrics = dict.fromkeys(("effective_rank", "srank", "stable_rank"), math.nan)
     metrics["feature_norm"] = float(features.norm(dim=1).mean())
@@ -883,8 +891,8 @@ def weight_metrics(weights: list[Tensor], initial: list[Tensor]) -> dict[str, fl
 def plasticity_metrics(replicas: Replicas, stage: int) -> dict[str, list[float]]:
     """Metrics of each replica's fast weights, {name: [R]}; nan for one that has diverged.
 
-    On images of the stage's first minibatches: 512 for active and dormant units, 1,024 for the
-    features, 32 for sharpness and the gradient's norm.
+    On the first images that start_stage() drew last: 512 for active and dormant units, 1,024 for
+    the features, 32 for sharpness and the gradient's norm. `stage` only seeds max_eigenvalue().
     """
     metrics: dict[str, list[float]] = {}
     network = Network(replicas.args).to(replicas.device)
@@ -922,7 +930,7 @@ MAY_CHANGE = set(
 
 @dataclass
 class Counters:
-    """Where a run stands; result.json will have all of it, the three lists split by setting."""
+    """Where a run stands; result.json will have all of it, accuracies and metrics by setting."""
 
     gradient_updates: int = 0
     train_accuracy: list[list[float]] = field(default_factory=list)  # [stages so far][replicas]
@@ -1011,9 +1019,9 @@ def start_logging(args: Args, run_dir: Path, counters: Counters) -> SummaryWrite
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        names |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
-        counters.wandb_id = wandb.init(**names, config=asdict(args), sync_tensorboard=True).id
+        options = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        options |= {"name": run_dir.name, "id": counters.wandb_id, "resume": "allow"}
+        counters.wandb_id = wandb.init(**options, config=asdict(args), sync_tensorboard=True).id
     if args.overwrite:  # now that nothing more can keep the new run from beginning
         names = ["result.json", "checkpoint.pth"]  # of this script
         for name in [*names, *(f"{name}.tmp" for name in names), "events.out.tfevents.*"]:

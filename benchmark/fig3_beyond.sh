@@ -5,7 +5,7 @@
 #     METHODS="redo ln_sam_redo" TASKS=label EXTRA="--num-seeds 3" bash benchmark/fig3_beyond.sh
 #
 # To compare with ln_sam_reset, here, and with fig3_synthetic.sh's base, reset and ln_sam. ReDo has its paper's tau and
-# interval, L2 Init the weight decay as its lambda, Shrink & Perturb the weight of PLASTIC's Atari runs; the other two are
+# interval, L2 Init half the weight decay as its lambda, Shrink & Perturb the weight of PLASTIC's Atari runs; the other two are
 # not tuned.
 source "$(dirname "$0")/grid.sh"
 choose METHODS "redo l2init clip tortoise reset_shrink \
