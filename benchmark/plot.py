@@ -107,18 +107,21 @@ def line(
     label: str,
     ms: float = 3,
     lw: float = 1.5,
+    tasks: Iterable[str] = (),
 ) -> None:
     """The mean of the runs' curves [points, 2], dots of size ms, a line of lw.
 
-    Thin lines are the runs, from six runs on a band from the lowest to the highest.
+    With the runs' `tasks`, each task counts once, with its mean. Thin lines are the runs, from six
+    runs on a band from the lowest to the highest.
     """
     points = pd.DataFrame(np.concatenate(curves), columns=["step", "value"])
-    points = points.groupby("step").value.agg(["min", "mean", "max"])
-    steps = points.index / 1000
-    axis.plot(steps, points["mean"], "o-", color=colour, label=label, ms=ms, lw=lw)
+    points["task"] = np.repeat(list(tasks) or [""] * len(curves), [len(c) for c in curves])
+    means = points.groupby(["task", "step"]).value.mean().groupby("step").mean()
+    axis.plot(means.index / 1000, means, "o-", color=colour, label=label, ms=ms, lw=lw)
     if len(curves) > 5:
-        low, high = points["min"], points["max"]
-        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        ends = points.groupby("step").value.agg(["min", "max"])
+        options = dict(color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(ends.index / 1000, ends["min"], ends["max"], **options)
     elif len(curves) > 1:
         for curve in curves:
             axis.plot(*(curve / (1000, 1)).T, color=colour, alpha=0.6, lw=0.7)
@@ -208,7 +211,10 @@ def learning_curves(runs: pd.DataFrame, path: Path) -> None:
 
 
 def figure4(runs: pd.DataFrame, path: Path) -> None:
-    """Metrics over time, a line per exp-name and length; dotted lines where runs were reset."""
+    """Metrics over time, a line per exp-name and length; dotted lines where runs were reset.
+
+    A line is the mean over tasks of the means over their seeds.
+    """
     measured = runs.curves.map(lambda curves: bool(METRICS.keys() & curves.keys())).astype(bool)
     runs = runs[measured & (runs.benchmark == "atari")]  # as in the paper
     if runs.empty:
@@ -220,9 +226,10 @@ def figure4(runs: pd.DataFrame, path: Path) -> None:
     for axis, (tag, title) in zip(axes, METRICS.items(), strict=True):
         for i, ((name, steps), own) in enumerate(runs.groupby([names, "steps"])):
             label = method(name) + (f", {steps:,} steps" if lengths[name] > 1 else "")
-            found = [curves[tag] for curves in own.curves if tag in curves]
-            if found:  # each line is thinner than those before it, which it may cover
-                line(axis, found, f"C{i}", label, lw=1 + 2 / (1 + i))
+            own = own[[tag in curves for curves in own.curves]]
+            if len(own):  # each line is thinner than those before it, which it may cover
+                found = [curves[tag] for curves in own.curves]
+                line(axis, found, f"C{i}", label, lw=1 + 2 / (1 + i), tasks=own.task)
         for step in sorted(resets):
             axis.axvline(step / 1000, color="gray", linestyle=":", label="resets")
         axis.set(title=title)

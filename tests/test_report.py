@@ -594,6 +594,9 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     for seed, values in ((1, (1.0, 4.0)), (2, (3.0, 8.0))):
         points = list(zip((5000, 10000), values, strict=True))
         write_run(tmp_path, "Pong", "base_metrics", seed, 0.0, scalars={tag: points})
+    # Two seeds of Pong count as much as one of Krull: (2 + 8) / 2 and (6 + 10) / 2.
+    points = [(5000, 8.0), (10000, 10.0)]
+    write_run(tmp_path, "Krull", "base_metrics", 1, 0.0, scalars={tag: points})
     # In no line with these: a run of another length, and runs whose settings differ.
     write_run(tmp_path, "Pong", "base_metrics", 3, 0.0, steps=5000, scalars={tag: [(5000, 99.0)]})
     for size in (16, 32):
@@ -615,13 +618,14 @@ def test_figures_4_5_6_1_and_2_show_the_runs(tmp_path, figures):
     numbers = "figure1 figure2 figure4 figure5 figure5_dmc figure6 intervals_atari intervals_dmc"
     assert set(figures) == {f"{name}.png" for name in numbers.split()}
     eigenvalue, active, _ = figures["figure4.png"].axes
-    short, mean, *seeds, reset = [line.get_xydata().tolist() for line in eigenvalue.get_lines()[:5]]
+    short, mean, *seeds, reset = [line.get_xydata().tolist() for line in eigenvalue.get_lines()[:6]]
     assert short == [[5.0, 99.0]]
     legend = [text.get_text() for text in figures["figure4.png"].legends[0].get_texts()]
     assert legend == ["base, 5,000 steps", "base, 100,000 steps", "Reset", "resets"]
-    assert mean == [[5.0, 2.0], [10.0, 6.0]]  # of base; Reset has one run; none of Control
-    assert seeds == [[[5.0, 1.0], [10.0, 4.0]], [[5.0, 3.0], [10.0, 8.0]]] and reset == [[5.0, 7.0]]
-    assert len(eigenvalue.get_lines()) == 5 + 3  # the resets
+    assert mean == [[5.0, 5.0], [10.0, 8.0]]  # of base; Reset has one run; none of Control
+    runs = [[[5.0, 8.0], [10.0, 10.0]], [[5.0, 1.0], [10.0, 4.0]], [[5.0, 3.0], [10.0, 8.0]]]
+    assert sorted(seeds) == sorted(runs) and reset == [[5.0, 7.0]]
+    assert len(eigenvalue.get_lines()) == 6 + 3  # the resets
     # Two updates a step, from step 2,000 on: update 65,333 is the first of step 34,666's, 130,666
     # the second of 67,332's, 195,999 the first of 99,999's. Base has no resets.
     vertical = [line.get_xdata()[0] for line in active.get_lines()]
