@@ -501,7 +501,7 @@ def show_returns(runs: pd.DataFrame) -> None:
         row["last training episodes"] = f"{np.mean(late):.1f} ({len(late)})" if late else ""
         row["mean return"] = plot.mean_with_interval(own.score.to_numpy())
         row |= {"seeds": len(own), "paper, full length": own.paper.iloc[0]}
-        rows.append(row | {"hours a run": f"{own.hours.mean():.1f}"})
+        rows.append(row | {"hours a run": plot.mean_with_interval(own.hours.to_numpy())})
 
         measurements = [curves for curves in own.curves if METRICS.keys() & curves.keys()]
         row = which | {"seeds": len(measurements)}
