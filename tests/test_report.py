@@ -42,12 +42,12 @@ def write_synthetic(runs, task, method, accuracies, first_seed=1, decay=0.001, d
 
 
 def write_run(runs, task, exp_name, seed, score, script=ATARI, steps=100_000, scalars=None, **args):
-    """A run's directory; `scalars` {tag: [(step, value)]}."""
+    """A run's directory; `scalars` {tag: [(step, value)]}. It took an hour more than its seed."""
     result = dict(script=script, env_id=task, exp_name=exp_name, seed=seed, mean_return=score)
     result |= dict(episode_returns=[score - 1, score + 1], env_steps=steps, parameters=6_800_000)
     result |= dict(args={"learning_starts": 100, "replay_ratio": 2} | args, git_commits=["a", "b"])
     directory = runs / f"{task}__{exp_name}__{seed}"
-    write(directory, result | {"wall_clock_seconds": 7200.0})
+    write(directory, result | {"wall_clock_seconds": 3600.0 * (seed + 1)})
     if scalars:
         with SummaryWriter(str(directory)) as writer:
             for tag, points in scalars.items():
@@ -427,7 +427,8 @@ def test_missing_tasks_are_refused_or_said(tmp_path):
     assert row["optimality gap"][0] == pytest.approx(np.mean(np.maximum(1 - matrix, 0)))
     assert "the first 2 seeds of each task (of up to 3)" in error and "different" not in error
     assert "runs of 2 of 26 tasks" in error
-    assert (row["hours a run"], row["GPU hours, paper"]) == (0.5, 0.5)
+    assert row["hours a run"] == pytest.approx((2 + 3 + 2 + 3 + 4) / 5 / 4)
+    assert row["GPU hours, paper"] == 0.5
     assert row["million parameters"] == 6.8
     write_run(tmp_path, "Pong", "ln_reset", 0, 7.0, steps=20_000)  # seeds 0 and 1, Alien's 1 and 2
     assert "different seeds" in table(tmp_path, "--table", "2", "--allow-missing")[1]
@@ -515,7 +516,7 @@ def test_returns_and_curves(tmp_path, capsys, figures):
     assert printed(capsys, runs=(tmp_path,), plot=tmp_path) == [
         "| hopper-hop | plastic | 2,000 |  |  |  | 800.0 | 1 | 254.6 | 2.0 |",
         "| walker-run | base | 2,000 | 30.0 (3 episodes) |  | 55.0 (2) | 350.0 [300.0, 400.0] | 2 "
-        "| 632.9 | 2.0 |",
+        "| 632.9 | 2.5 [2.0, 3.0] |",
     ]
     assert set(figures) == {"curves.png"}
     hopper, walker = figures["curves.png"].axes[:2]
@@ -555,8 +556,8 @@ def test_policies_that_learn_nothing_are_measured_apart(tmp_path, capsys, figure
     assert printed(capsys, runs=(tmp_path,), plot=tmp_path) == [
         "| Krull | base | 100,000 | 20.0 (1 episodes) |  |  | 5.0 | 1 | 3612.1 | 2.0 |",
         "| Pong | base | 100,000 | -18.5 (4 episodes) | -20.5 |  | 5.0 [5.0, 5.0] | 2 | -8.8 "
-        "| 2.0 |",
-        "| Pong | random | 100,000 | -18.5 (4 episodes) | -20.5 |  | 1.0 | 1 |  | 2.0 |",
+        "| 2.5 [2.0, 3.0] |",
+        "| Pong | random | 100,000 | -18.5 (4 episodes) | -20.5 |  | 1.0 | 1 |  | 4.0 |",
         "| Pong | tuned | 100,000 | -18.5 (4 episodes) | -20.5 |  | 2.0 | 1 |  | 2.0 |",
     ]
     krull, pong = figures["curves.png"].axes[:2]
@@ -577,7 +578,7 @@ def test_rows_are_of_one_benchmark_and_length(tmp_path, capsys):
     write_run(tmp_path / "c", "Pong", "base", 1, 3.0, "plastic_pretrained_finetune.py")
     write_run(tmp_path / "d", "Pong", "base_metrics", 1, 4.0)  # base's, but for the metrics
     assert printed(capsys, runs=(tmp_path,)) == [
-        "| Pong | base | 100,000 |  |  |  | 1.0 [1.0, 1.0] | 2 | -8.8 | 2.0 |",
+        "| Pong | base | 100,000 |  |  |  | 1.0 [1.0, 1.0] | 2 | -8.8 | 2.5 [2.0, 3.0] |",
         "| Pong | base | 5,000 |  |  |  | 2.0 | 1 | -8.8 | 2.0 |",
         "| Pong | base | 100,000 |  |  |  | 3.0 | 1 |  | 2.0 |",
         "| Pong | base_metrics | 100,000 |  |  |  | 4.0 | 1 | -8.8 | 2.0 |",
