@@ -126,34 +126,38 @@ def say(note: str) -> None:
 # --- Runs ---
 
 
-def read_run(result: dict) -> dict:
-    """A row of the table of runs, from result.json."""
+def read_run(result: dict) -> list[dict]:
+    """Rows of the table of runs, from result.json: one, or one per setting of a sweep."""
     args, benchmark = result["args"], SCRIPTS[result["script"]]
     row = {"benchmark": benchmark, "exp_name": result["exp_name"], "setting": ""}
     if benchmark == "synthetic":
-        accuracies = np.array(result["test_accuracy"], float)  # of a diverged replica null, so nan
-        seeds = result["first_seed"] + np.arange(len(accuracies))
         row |= {"task": result["task"], "seed": result["first_seed"], "steps": 0}
         row |= {"args": args | {"images": result["data"]}}
-        row |= {"accuracies": pd.DataFrame(accuracies, index=seeds)}
-        return row | {"setting": f"{result['learning_rate']:g}, {result['weight_decay']:g}"}
+        rows = []
+        for tried in result["sweep"]:
+            accuracies = np.array(tried["test_accuracy"], float)  # of a diverged replica null: nan
+            seeds = result["first_seed"] + np.arange(len(accuracies))
+            setting = f"{tried['learning_rate']:g}, {tried['weight_decay']:g}"
+            accuracies = pd.DataFrame(accuracies, index=seeds)
+            rows.append(row | {"setting": setting, "accuracies": accuracies})
+        return rows
     row |= {"task": result["env_id"], "seed": result["seed"], "steps": result["env_steps"]}
     row |= {"args": args, "score": result["mean_return"], "returns": result["episode_returns"]}
     if not np.isfinite([row["score"], *row["returns"]]).all():
         raise ValueError("mean_return or episode_returns")
     row |= {"commit": result.get("git_commits", [result.get("git_commit")])[-1]}
     row |= {"hours": result["wall_clock_seconds"] / 3600}
-    return row | {"parameters": result["parameters"] / 1e6}
+    return [row | {"parameters": result["parameters"] / 1e6}]
 
 
 def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
-    """The table of runs, a row per result.json below the directories (of pretraining: none).
+    """The table of runs, of all result.json below the directories but those of pretraining.
 
     path: the run's directory. benchmark: "atari", "dmc", "pretrained", "synthetic". args: flags.
     steps: environment steps, action repeats counted. hours: wall-clock time.
     score: mean return of the final evaluation; returns: of its episodes.
-    Synthetic: task is "input" or "label", seed the first one, steps 0; accuracies is a table of its
-    own (a row per seed, a column per stage), setting the learning rate and weight decay.
+    Synthetic, a row per setting (learning rate and weight decay): task is "input" or "label", seed
+    the first one, steps 0; accuracies is a table of its own (a row per seed, a column per stage).
     """
     paths, rows = [], []
     for directory in directories:
@@ -164,7 +168,7 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
         try:
             result = json.loads(path.read_bytes())
             if result["args"].get("mode") != "pretrain":
-                rows.append({"path": path.parent} | read_run(result))
+                rows += [{"path": path.parent} | row for row in read_run(result)]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             say(f"left out: {path}, not a whole result of these scripts ({error!r})")
     if not rows:
@@ -177,17 +181,35 @@ def read_runs(directories: Iterable[Path]) -> pd.DataFrame:
     return runs
 
 
-def best_settings(synthetic: pd.DataFrame) -> pd.DataFrame:
-    """Of each method's runs on a task, its search, the one with the best final test accuracy.
+def merge_seeds(synthetic: pd.DataFrame) -> pd.DataFrame:
+    """A row per method, task and setting: its seeds may have run apart, by --first-seed.
 
-    As the script chooses within a run: of learning rates and weight decays. A run from before a
-    flag was there differs in it.
+    All settings of a method must have the same seeds. A run from before a flag was there differs
+    in it.
     """
-    seeds = synthetic.accuracies.map(lambda table: tuple(table.index))
-    for _, same in synthetic.assign(seeds=seeds).groupby(["task", "exp_name"]):
-        if same.seeds.nunique() > 1:
-            sys.exit(f"error: {' and '.join(map(str, same.path))} have other seeds; keep one")
+    merged = []
+    for _, same in synthetic.groupby(["task", "exp_name"]):
         check(same, {flag for args in same.args for flag in args} - APART - SEARCHED)
+        rows = []
+        for _, parts in same.groupby("setting"):
+            accuracies = pd.concat(list(parts.accuracies)).sort_index()
+            rows.append(parts.iloc[0].to_dict() | {"accuracies": accuracies})
+        seeds = [row["accuracies"].index for row in rows]
+        paths = " and ".join(map(str, same.path.unique()))
+        if any(own.has_duplicates for own in seeds):
+            sys.exit(f"error: {paths} share seeds of a setting; keep one")
+        if not all(own.equals(seeds[0]) for own in seeds):
+            sys.exit(f"error: {paths} have other seeds; keep one")
+        merged += rows
+    return pd.DataFrame(merged)
+
+
+def best_settings(synthetic: pd.DataFrame) -> pd.DataFrame:
+    """Of each method's settings on a task, its search, the one with the best final test accuracy.
+
+    As the script chooses within a run: of learning rates and weight decays.
+    """
+    synthetic = merge_seeds(synthetic)
     final = synthetic.accuracies.map(lambda table: table.iloc[:, -1].mean(skipna=False))
     ranked = synthetic.assign(final=final).sort_values("final", na_position="first", kind="stable")
     return ranked.drop_duplicates(["task", "exp_name"], keep="last")

@@ -28,16 +28,21 @@ def write(directory, result):
     (directory / "result.json").write_text(json.dumps(result))
 
 
-def write_synthetic(runs, task, method, accuracies, first_seed=1, decay=0.001, data=1, **args):
-    """A run's directory, of accuracies [seeds][stages]."""
+def write_synthetic(
+    runs, task, method, accuracies, first_seed=1, decay=0.001, data=1, others=(), **args
+):
+    """A run's directory, of accuracies [seeds][stages]; `others`: pairs of such and their decay."""
     parts = {"plastic": "ln sam crelu reset".split()}.get(method, method.split("_"))
     flags = dict(layer_norm="ln" in parts, crelu="crelu" in parts, sam_rho=0.1 * ("sam" in parts))
     flags |= dict(reset_interval=10 * ("reset" in parts), num_stages=3, updates_per_stage=1)
     flags |= dict(batch_size=1, momentum=1, conv_strides=[3, 1], label_change="permute")
     flags |= dict(shrink_perturb_alpha=0.6 if "shrink" in parts else 1)
     result = dict(script="synth_cifar_plasticity.py", task=task, exp_name=method, data=data)
-    result |= dict(first_seed=first_seed, learning_rate=0.01, weight_decay=decay)
-    result |= dict(args=flags | args, test_accuracy=accuracies)
+    result |= dict(first_seed=first_seed, args=flags | args)
+    result["sweep"] = [
+        dict(learning_rate=0.01, weight_decay=decay, test_accuracy=accuracies)
+        for accuracies, decay in [(accuracies, decay), *others]
+    ]
     write(runs / f"{task}__{method}__{first_seed}", result)
 
 
@@ -158,18 +163,34 @@ def test_of_a_search_in_several_runs_the_best_setting_is_shown(tmp_path, capsys,
     assert table(tmp_path / "one")[0][0][0]["final"] == "nan"
     write_synthetic(tmp_path / "chunks", "label", "ln", [[0.1, 0.9]], decay=1, num_chunks=2)
     assert "num_chunks differs: nan in " in refused(tmp_path)
-    write_synthetic(tmp_path / "more", "label", "sam", [[0.1, 0.9]], first_seed=2, decay=2)
-    write_synthetic(tmp_path / "more", "label", "sam", [[0.1, 0.9]], first_seed=3, decay=2)
-    assert "have other seeds" in refused(tmp_path / "more")
+
+
+def test_a_methods_seeds_may_have_run_apart(tmp_path):
+    """The best setting is that of all seeds together: here not the best of most runs."""
+    for name, first_seed, at_1, at_2 in (  # a search over two decays in each run
+        ("a", 4, [[0.1, 0.6], [0.2, 0.7]], [[0.3, 0.5], [0.1, 0.3]]),
+        ("b", 1, [[0.0, 0.2], [0.3, 0.3], [0.0, 0.1]], [[0.1, 0.5], [0.2, 0.4], [0.3, 0.9]]),
+    ):
+        others = [(at_2, 2)]
+        write_synthetic(tmp_path / name, "label", "sam", at_1, first_seed, decay=1, others=others)
+    write_synthetic(tmp_path / "c", "label", "sam", [[0.1, 0.2]] * 5, decay=3)  # all seeds at once
+    write_synthetic(tmp_path, "label", "base", [[0.1, 0.2]])
+    (rows,), _ = table(tmp_path, "--last", "1")
+    assert rows[1]["learning rate, weight decay"] == "0.01, 2"
+    assert (rows[1]["final"], rows[1]["mean"], rows[1]["seeds"]) == ("0.520", "0.360", 5)
+    write_synthetic(tmp_path / "d", "label", "sam", [[0.1, 0.9]], first_seed=6, decay=1)
+    assert "have other seeds" in refused(tmp_path)  # six at decay 1, five at 2 and 3
+    write_synthetic(tmp_path / "e", "label", "base", [[0.1, 0.9], [0.1, 0.9]], first_seed=0)
+    assert "share seeds" in refused(tmp_path / "label__base__1", tmp_path / "e")
 
 
 def test_synthetic_runs_that_do_not_compare(tmp_path):
-    for name, method, flags in (
-        ("a", "base", {}),
+    write_synthetic(tmp_path / "a", "input", "base", [[0.1, 0.2]])
+    for i, (message, method, flags) in enumerate((
         ("num_stages differs: 3 in ", "ln", dict(num_stages=2)),
         ("updates_per_stage differs: 1 in ", "ln", dict(updates_per_stage=2)),
         ("batch_size differs: 1 in ", "ln", dict(batch_size=2)),
-        ("momentum differs: 1 in ", "ln", dict(momentum=0.5)),
+        ("momentum differs: 1.0 in ", "ln", dict(momentum=0.5)),
         ("conv_strides differs: [3, 1] in ", "ln", dict(conv_strides=[3, 3])),
         ("label_change differs: permute in ", "ln", dict(label_change="cyclic")),
         ("images differs: 1 in ", "ln", dict(data=2)),
@@ -178,11 +199,10 @@ def test_synthetic_runs_that_do_not_compare(tmp_path):
         ("not those of ln", "ln", dict(crelu=1)),
         ("not those of plastic", "plastic", dict(crelu=0)),
         ("not those of redo", "redo", dict(redo_interval=9, l2_init=True)),
-        ("same name", "base", {}),
-    ):
-        write_synthetic(tmp_path / name, "input", method, [[0.1, 0.2]], len(name), **flags)
-        if name != "a":
-            assert name in refused(tmp_path / "a", tmp_path / name)
+        ("have the same name", "base", {}),
+    )):  # fmt: skip
+        write_synthetic(tmp_path / str(i), "input", method, [[0.1, 0.2]], **flags)
+        assert message in refused(tmp_path / "a", tmp_path / str(i))
     write_synthetic(tmp_path / "a", "label", "ln_sam_redo", [[0.1, 0.2]], redo_interval=9)
     assert len(table(tmp_path / "a")[0][0]) == 2
 
