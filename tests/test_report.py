@@ -947,6 +947,50 @@ def test_the_results_page_has_what_choices_that_the_paper_leaves_open_change():
             assert cell == frame.format(f"{above.mean():+.1f}")
 
 
+def test_the_results_page_has_the_search_of_seed_1():
+    """This table is made by hand: accuracies of single methods and PLASTIC, here by their flags.
+
+    Bold is a method's best on a task.
+    """
+    text = (ROOT / "benchmark" / "RESULTS.md").read_text()
+    table = text.split("| test accuracy, seed 1 |")[1].split("\n\n")[0]
+    head, _, *rows = table.splitlines()
+    methods = {
+        "base": (0, 0, 0, 0), "LN": (1, 0, 0, 0), "SAM": (0, 0.1, 0, 0), "CReLU": (0, 0, 1, 0),
+        "Reset": (0, 0, 0, 10), "PLASTIC": (1, 0.1, 1, 10),
+    }  # fmt: skip
+    assert head.strip(" |").split(" | ") == list(methods)
+    names = {flags: name for name, flags in methods.items()}
+    usual = {
+        "layer_norm_kind": "sample", "layer_norm_scope": "backbone", "crelu_scope": "head",
+        "conv_strides": [3, 3, 1], "label_change": "permute", "first_seed": 1, "num_stages": 100,
+        "updates_per_stage": 500, "shrink_perturb_alpha": 1,
+    }  # fmt: skip
+    accuracy = {}
+    for directory in ("figure3", "released_images", "decay_images", "strong_decay", "search"):
+        for path in RESULTS.glob(f"{directory}/**/*__1-*/result.json"):
+            result = json.loads(path.read_text())
+            args = {"layer_norm_scope": "backbone"} | result["args"]  # older runs lack the flag
+            assert {flag: args[flag] for flag in usual} == usual
+            on = "layer_norm", "sam_rho", "crelu", "reset_interval"
+            name = names.get(tuple(args[flag] for flag in on))
+            for tried in result["sweep"] if name else ():
+                task = {"input": "images", "label": "labels"}[args["task"]]
+                run = f"{task}, {tried['learning_rate']:g}, {tried['weight_decay']:g}", name
+                assert run not in accuracy
+                accuracy[run] = np.mean(tried["test_accuracy"][0][-5:])
+    assert {row[1:-1].split("|")[0].strip() for row in rows} == {setting for setting, _ in accuracy}
+    for row in rows:
+        setting, *cells = (cell.strip() for cell in row[1:-1].split("|"))
+        for name, cell in zip(methods, cells, strict=True):
+            if (setting, name) not in accuracy:
+                assert cell == ""
+                continue
+            same = [a for (s, n), a in accuracy.items() if n == name and s[:6] == setting[:6]]
+            best = accuracy[setting, name] == max(same)
+            assert cell == ("**{:.3f}**" if best else "{:.3f}").format(accuracy[setting, name])
+
+
 def test_the_results_page_has_the_evaluations_on_deepmind_control():
     """Two tables made by hand, of our runs and the public seeds that the figure has, too."""
     text = (ROOT / "benchmark" / "RESULTS.md").read_text()
