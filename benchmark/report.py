@@ -135,10 +135,10 @@ def read_run(result: dict) -> list[dict]:
         row |= {"args": args | {"images": result["data"]}}
         rows = []
         for tried in result["sweep"]:
-            accuracies = np.array(tried["test_accuracy"], float)  # of a diverged replica null: nan
-            seeds = result["first_seed"] + np.arange(len(accuracies))
             setting = f"{tried['learning_rate']:g}, {tried['weight_decay']:g}"
-            accuracies = pd.DataFrame(accuracies, index=seeds)
+            # Of a diverged replica they are null, so nan.
+            accuracies = pd.DataFrame(np.array(tried["test_accuracy"], float))
+            accuracies.index += result["first_seed"]
             rows.append(row | {"setting": setting, "accuracies": accuracies})
         return rows
     row |= {"task": result["env_id"], "seed": result["seed"], "steps": result["env_steps"]}
@@ -197,9 +197,9 @@ def merge_seeds(synthetic: pd.DataFrame) -> pd.DataFrame:
         seeds = [row["accuracies"].index for row in rows]
         paths = " and ".join(map(str, same.path.unique()))
         if any(own.has_duplicates for own in seeds):
-            sys.exit(f"error: {paths} share seeds of a setting; keep one")
+            sys.exit(f"error: {paths} share a setting and a seed; pass one")
         if not all(own.equals(seeds[0]) for own in seeds):
-            sys.exit(f"error: {paths} have other seeds; keep one")
+            sys.exit(f"error: {paths}: a setting lacks seeds that another has")
         merged += rows
     return pd.DataFrame(merged)
 

@@ -179,9 +179,9 @@ def test_a_methods_seeds_may_have_run_apart(tmp_path):
     assert rows[1]["learning rate, weight decay"] == "0.01, 2"
     assert (rows[1]["final"], rows[1]["mean"], rows[1]["seeds"]) == ("0.520", "0.360", 5)
     write_synthetic(tmp_path / "d", "label", "sam", [[0.1, 0.9]], first_seed=6, decay=1)
-    assert "have other seeds" in refused(tmp_path)  # six at decay 1, five at 2 and 3
+    assert "a setting lacks seeds" in refused(tmp_path)  # six at decay 1, five at 2 and 3
     write_synthetic(tmp_path / "e", "label", "base", [[0.1, 0.9], [0.1, 0.9]], first_seed=0)
-    assert "share seeds" in refused(tmp_path / "label__base__1", tmp_path / "e")
+    assert "share a setting and a seed" in refused(tmp_path / "label__base__1", tmp_path / "e")
 
 
 def test_synthetic_runs_that_do_not_compare(tmp_path):
